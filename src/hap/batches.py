@@ -1,0 +1,200 @@
+"""What a batch is, and how a model reads it.
+
+A batch is ``(inputs, targets)`` or a dict of keyword arguments as Hugging Face gives it, with its
+labels under ``"labels"``. Everything that runs a model over data goes through this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from hap.errors import HapError
+
+Batch = Any
+Loss = Callable[[Any, Batch], torch.Tensor]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's positional and keyword arguments in a batch.
+
+    Raises:
+        HapError: the batch is neither a pair nor a dict.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs = batch[0]
+        return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+    raise HapError(
+        "this is not a batch",
+        expected="(inputs, targets), or a dict of the model's keyword arguments",
+        got=f"{type(batch).__name__}" + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
+        remedy="let your data loader yield pairs, or dicts as Hugging Face collators do",
+    )
+
+
+def size(batch: Batch) -> int:
+    """The number of examples: the length of the first tensor's first axis."""
+    args, kwargs = arguments(batch)
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise HapError("a batch holds no tensor", expected="at least one tensor with a batch axis", got=repr(batch)[:80])
+
+
+def targets(batch: Batch) -> torch.Tensor:
+    """The labels of a batch."""
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise HapError("a batch has no labels", expected="a key 'labels'", got=f"keys {sorted(batch)}")
+        return batch["labels"]
+    return batch[1]
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's outputs for a batch.
+
+    Raises:
+        HapError: the model cannot read the batch (wrong shape or dtype); says which tensors came.
+    """
+    args, kwargs = arguments(batch)
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensors"
+        raise HapError(
+            f"{type(model).__name__} cannot read this batch: {str(error).splitlines()[0]}",
+            expected="inputs of the shape and dtype that the model was made for",
+            got=got,
+            remedy="check the data set, its transform and the model's input size",
+        ) from error
+
+
+def logits(outputs: Any) -> torch.Tensor:
+    """The tensor of class scores in a model's outputs: itself, ``.logits``, or the first element."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], torch.Tensor):
+        return outputs[0]
+    raise HapError(
+        "the outputs hold no logits",
+        expected="a tensor, an object with .logits, or a tuple that starts with a tensor",
+        got=type(outputs).__name__,
+        remedy="pass your own loss(outputs, batch)",
+    )
+
+
+def default_loss(outputs: Any, batch: Batch) -> torch.Tensor:
+    """The model's own ``outputs.loss`` where it has one, else the mean cross-entropy of its logits."""
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if own is not None:
+        return own
+    scores, labels = logits(outputs), targets(batch)
+    if scores.ndim < 2 or labels.dtype != torch.int64 or labels.shape != scores.shape[:1] + scores.shape[2:]:
+        raise HapError(
+            "cross-entropy does not fit this model and these targets",
+            expected="logits (N, classes, ...) and int64 targets (N, ...)",
+            got=f"logits {tuple(scores.shape)}, targets {tuple(labels.shape)} {labels.dtype}",
+            remedy="pass your own loss(outputs, batch)",
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if high >= scores.shape[1] or (low < 0 and low != -100):
+        raise HapError(
+            "a label is out of range",
+            expected=f"labels from 0 to {scores.shape[1] - 1}, one for each output of the model",
+            got=f"labels from {low} to {high}",
+            remedy="check that the model's number of classes is the data set's",
+        )
+    return F.cross_entropy(scores, labels)
+
+
+def checked(loss: Loss | None) -> Loss:
+    """`loss` (None: `default_loss`), refusing values that are not finite scalars."""
+    function = loss or default_loss
+
+    def compute(outputs: Any, batch: Batch) -> torch.Tensor:
+        value = function(outputs, batch)
+        if value.ndim:
+            raise HapError("the loss is not a scalar", expected="shape ()", got=f"shape {tuple(value.shape)}")
+        if not torch.isfinite(value.detach()):
+            raise HapError(
+                "the loss is not finite",
+                expected="a finite number",
+                got=str(float(value.detach())),
+                remedy="check inputs and weights for NaN or overflow, or lower the learning rate",
+            )
+        return value
+
+    return compute
+
+
+def _head(batch: Batch, count: int) -> Batch:
+    total = size(batch)
+    cut = lambda t: t[:count] if t.ndim and t.shape[0] == total else t  # noqa: E731
+    return pytree.tree_map_only(torch.Tensor, cut, batch)
+
+
+def take(batches: Iterable[Batch] | None, samples: int | None, device: torch.device) -> Iterator[Batch]:
+    """The first `samples` examples (None: all) on `device`, the last batch cut to fit.
+
+    Raises:
+        HapError: there is no example at all.
+    """
+    left = samples
+    seen = 0
+    for batch in batches if batches is not None else ():
+        count = size(batch)
+        if left is not None and count > left:
+            batch, count = _head(batch, left), left
+        if count:
+            seen += count
+            yield to_device(batch, device)
+        if left is not None:
+            left -= count
+            if left <= 0:
+                break
+    if not seen:
+        raise HapError(
+            "there is no data",
+            expected="batches with at least one example",
+            got="None" if batches is None else "an empty or exhausted iterable",
+            remedy="pass a list or a DataLoader; a generator can be read only once",
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in evaluation mode, and each back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

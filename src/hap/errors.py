@@ -1,0 +1,48 @@
+"""The one error that users of hap see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HapError(Exception):
+    """Says what went wrong, what was expected, what came, and what to do about it.
+
+    >>> print(HapError("no data", expected="at least one batch", got="none", remedy="check --data"))
+    no data
+      expected: at least one batch
+      got:      none
+      remedy:   check --data
+    """
+
+    def __init__(self, what: str, *, expected: str = "", got: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.got:
+            lines.append(f"  got:      {self.got}")
+        if self.remedy:
+            lines.append(f"  remedy:   {self.remedy}")
+        return "\n".join(lines)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> HapError:
+    """The error for a name that is not in a list, with the nearest names that are.
+
+    >>> print(unknown("criterion", "gate-fischer", ["gate-fisher", "taylor"]))
+    unknown criterion 'gate-fischer'
+      expected: one of: gate-fisher, taylor
+      remedy:   did you mean 'gate-fisher'?
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else ""
+    return HapError(f"unknown {kind} {name!r}", expected=f"one of: {', '.join(known)}", remedy=remedy)

@@ -1,0 +1,266 @@
+"""The frozen records that pass between the layers.
+
+A *unit* is what can leave a network as a whole: a convolution channel, an MLP neuron, an attention
+head. Units whose slices lie on the same axes of the same tensors form a *family*. Data flows
+``model -> Structure -> Sensitivity -> Plan -> smaller model``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from hap.errors import HapError
+
+Role = Literal["producer", "follower", "consumer"]
+Kind = Literal["channel", "neuron", "head"]
+
+T = TypeVar("T")
+
+IGNORED = "ignored by the caller"  # the reason of a `Frozen` axis of a module that is to be left alone
+
+
+class Progress(Protocol):
+    """Wraps an iterable to show how far it is; the library's default shows nothing."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
+
+
+def silent(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """The default `Progress`: passes the items through."""
+    return items
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one parameter or buffer that carries a family's units.
+
+    Attributes:
+        parameter: name of the tensor, as in ``model.state_dict()``.
+        axis: the axis that shrinks when a unit leaves.
+        indices: for each unit, its positions along that axis.
+        role: ``producer`` (its rows compute the unit), ``follower`` (scales or shifts it),
+            ``consumer`` (reads it). The unit's gate stands before the consumers.
+    """
+
+    parameter: str
+    axis: int
+    indices: tuple[tuple[int, ...], ...]
+    role: Role
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units that share their axes; each can leave on its own.
+
+    Attributes:
+        name: the first producer's module, unique in a `Structure`.
+        kind: ``channel``, ``neuron`` or ``head``.
+        size: the number of units.
+        exact: removing a unit equals closing its gate. False where a normalisation mixes units.
+        members: every axis that carries the units.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    exact: bool
+    members: tuple[Member, ...]
+
+    def roles(self, role: Role) -> tuple[Member, ...]:
+        """The members that play `role`."""
+        return tuple(m for m in self.members if m.role == role)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Positions along an axis that cannot be pruned, and why."""
+
+    parameter: str
+    axis: int
+    indices: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer: a weight whose rows (filters) multiply what it reads.
+
+    Attributes:
+        module: the module's name.
+        weight: the weight's name.
+        bias: the bias's name, if it has one.
+        filters: number of output channels or features.
+        output_axis: the weight's axis that holds the filters.
+        kernel: kernel size; empty for a linear layer.
+        groups: number of convolution groups.
+        transposed: a transposed convolution.
+        positions: how often each weight element is multiplied for one sample, so that the layer
+            costs ``positions * weight.numel()`` multiply-accumulates (MACs) whatever its width.
+    """
+
+    module: str
+    weight: str
+    bias: str | None
+    filters: int
+    output_axis: int
+    kernel: tuple[int, ...]
+    groups: int
+    transposed: bool
+    positions: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a parameter or buffer of the dense model."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    is_parameter: bool
+
+
+def describe(model: nn.Module) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """The tensors (tied ones once, under their first name) and the module types of a model."""
+    parameters = {name: (p, True) for name, p in model.named_parameters()}
+    buffers = {name: (b, False) for name, b in model.named_buffers()}
+    tensors = {
+        name: TensorSpec(tuple(t.shape), str(t.dtype).removeprefix("torch."), is_parameter)
+        for name, (t, is_parameter) in {**parameters, **buffers}.items()
+    }
+    return tensors, {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What can leave a model, what cannot and why, and what each layer costs.
+
+    Attributes:
+        families: the prunable families, in the order of the forward pass.
+        frozen: every axis (or part of one) that cannot be pruned, with its reason.
+        layers: the convolution and linear layers, in the order of the forward pass.
+        tensors: every parameter and buffer; tied ones once.
+        modules: class name of every module.
+    """
+
+    families: tuple[Family, ...]
+    frozen: tuple[Frozen, ...]
+    layers: tuple[Layer, ...]
+    tensors: Mapping[str, TensorSpec]
+    modules: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the dense model's tensor names, shapes and dtypes and its module types."""
+        tensors = {name: [list(s.shape), s.dtype] for name, s in self.tensors.items()}
+        text = json.dumps([tensors, dict(self.modules)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def family(self, name: str) -> Family:
+        """The family called `name`."""
+        for family in self.families:
+            if family.name == name:
+                return family
+        raise KeyError(name)
+
+    def layer(self, module: str) -> Layer:
+        """The layer of the module called `module`."""
+        for layer in self.layers:
+            if layer.module == module:
+                return layer
+        raise KeyError(module)
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """The estimated rise of the loss when a unit, or a layer's filter, is removed.
+
+    Only the order of the values need mean something; the second-order criteria give nats.
+
+    Attributes:
+        criterion: name of the criterion.
+        samples: calibration examples used; 0 for criteria that need no data.
+        draws: random draws per example or batch (Hutchinson probes, sampled labels); 0 if none.
+        scores: for each family, float64 of shape ``(size,)``.
+        stderr: standard errors of `scores`, same shapes; zeros where the score is exact.
+        filters: for each layer (by module name), float64 of shape ``(filters,)``: the sensitivity
+            to that filter alone, whatever else writes to its channel.
+        filters_stderr: standard errors of `filters`.
+    """
+
+    criterion: str
+    samples: int
+    draws: int
+    scores: Mapping[str, torch.Tensor]
+    stderr: Mapping[str, torch.Tensor]
+    filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: parameters, and multiply-accumulates for one sample."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fraction of the dense model that may remain, each in (0, 1]; None leaves it free.
+
+    >>> Budget(params=0.5)
+    Budget(params=0.5, macs=None)
+    """
+
+    params: float | None = None
+    macs: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("params", "macs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise HapError(
+                    f"budget {name} is out of range",
+                    expected="a fraction of the dense model in (0, 1]",
+                    got=repr(value),
+                    remedy="0.5 keeps one half",
+                )
+        if self.params is None and self.macs is None:
+            raise HapError(
+                "the budget is empty",
+                expected="params or macs, as the fraction that may remain",
+                remedy="for example hap.Budget(params=0.5)",
+            )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a pruned model computes what the plan promised.
+
+    Attributes:
+        ok: the error is below the tolerance and the parameter count is the promised one.
+        max_relative_error: max |small - gated dense| / max |gated dense| over all outputs, float64.
+        params: parameters of the small model.
+        promised_params: parameters that the plan promised.
+    """
+
+    ok: bool
+    max_relative_error: float
+    params: int
+    promised_params: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy over a data set; accuracy is None where outputs are not class logits."""
+
+    loss: float
+    accuracy: float | None
+    samples: int
