@@ -1,0 +1,158 @@
+"""Convolutions, linear layers and embeddings: where units are produced and consumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hap.structure.rules.registry import Context, Multiplication, rule
+from hap.structure.units import Ids
+from hap.structure.value import Value, along, axis_ids, touching, without
+
+Sizes = int | Sequence[int]
+
+
+@rule("linear")
+def linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """``y[..., o] = sum_i w[o, i] x[..., i] + b[o]``."""
+    units = context.units
+    _consume(context, axis_ids(units, x, -1), axis_ids(units, weight, 1))
+    out = _produce(context, weight, 0, bias)
+    _record(context, weight, 0, (), 1, False, math.prod(shape[:-1]))
+    factors = without(x, {x.ndim - 1})
+    return Value(shape, (*factors, along(out, len(shape) - 1, len(shape))) if out is not None else factors)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(
+    context: Context,
+    shape: tuple[int, ...],
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Value:
+    """Weight ``(out, in / groups, *kernel)``."""
+    units = context.units
+    channel = len(shape) - (weight.ndim - 2) - 1
+    read = axis_ids(units, x, channel)
+    inner = axis_ids(units, weight, 1)
+    out = _produce(context, weight, 0, bias)
+    if groups == 1:
+        _consume(context, read, inner)
+    else:
+        _group(context, read, inner, out, groups, weight.shape[0] // groups, weight.shape[1])
+    _record(context, weight, 0, weight.shape[2:], groups, False, math.prod(shape) // weight.shape[0])
+    return _convolved(context, shape, x, channel, out)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed(
+    context: Context,
+    shape: tuple[int, ...],
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Value:
+    """Weight ``(in, out / groups, *kernel)``."""
+    units = context.units
+    channel = len(shape) - (weight.ndim - 2) - 1
+    read = axis_ids(units, x, channel)
+    out = _produce(context, weight, 1, bias if groups == 1 else None)
+    _consume(context, read, axis_ids(units, weight, 0))
+    _record(context, weight, 1, weight.shape[2:], groups, True, math.prod(x.shape) // weight.shape[0])
+    if groups > 1:
+        for value in (x, weight, *([bias] if bias else [])):
+            for factor in touching(value, set(range(value.ndim))):
+                units.freeze(factor, "a transposed convolution with groups")
+        return Value(shape)
+    return _convolved(context, shape, x, channel, out)
+
+
+@rule("embedding")
+def embedding(context: Context, shape: tuple[int, ...], weight: Value, index: Value, *_: object) -> Value:
+    """Rows are looked up, so the rows stay; the columns are produced."""
+    rows = axis_ids(context.units, weight, 0)
+    if rows is not None:
+        context.units.freeze(rows, "rows of a look-up table")
+    out = _produce(context, weight, 1, None)
+    return Value(shape, (along(out, len(shape) - 1, len(shape)),) if out is not None else ())
+
+
+def _consume(context: Context, read: Ids | None, inner: Ids | None) -> None:
+    context.units.play(inner, "consumer")
+    if read is None and inner is not None:
+        context.units.freeze(inner, "reads an input of fixed size")
+    else:
+        context.units.tie(read, inner)
+
+
+def _produce(context: Context, weight: Value, axis: int, bias: Value | None) -> Ids | None:
+    out = axis_ids(context.units, weight, axis)
+    context.units.play(out, "producer")
+    if bias is not None and out is not None:
+        context.units.tie(out, axis_ids(context.units, bias, 0))
+    return out
+
+
+def _group(
+    context: Context, read: Ids | None, inner: Ids | None, out: Ids | None, groups: int, rows: int, columns: int
+) -> None:
+    """Ties units so that the convolution stays a grouped one.
+
+    With many small groups (depthwise, ResNeXt) a unit is a whole group, in and out. With few wide
+    ones a unit is a position inside the group, the same in every group.
+    """
+    units = context.units
+    if out is None:
+        return
+    if read is None:
+        units.freeze(out, "a grouped convolution reads an input of fixed size")
+        return
+    ins, outs = read.reshape(groups, columns), out.reshape(groups, rows)
+    if groups > min(rows, columns):
+        units.tie(ins[:, :1], ins[:, 1:])
+        units.tie(ins[:, :1], outs)
+        if inner is not None:
+            units.freeze(inner, "width of a convolution group")
+        if columns == 1:
+            units.play(out, "follower")
+    else:
+        units.tie(ins[:1], ins[1:])
+        units.tie(outs[:1], outs[1:])
+        units.play(inner, "consumer")
+        units.tie(ins[0], inner)
+
+
+def _convolved(context: Context, shape: tuple[int, ...], x: Value, channel: int, out: Ids | None) -> Value:
+    spatial = set(range(channel + 1, len(shape)))
+    for factor in touching(x, spatial):
+        context.units.freeze(factor, f"positions that {context.where} slides over")
+    factors = without(x, spatial | {channel})
+    return Value(shape, (*factors, along(out, channel, len(shape))) if out is not None else factors)
+
+
+def _record(
+    context: Context,
+    weight: Value,
+    axis: int,
+    kernel: tuple[int, ...],
+    groups: int,
+    is_transposed: bool,
+    uses: int,
+) -> None:
+    name = context.tensor(1)
+    if name is not None:
+        context.layers.append(
+            Multiplication(
+                name, context.tensor(2), weight.shape[axis], axis, tuple(kernel), groups, is_transposed, uses
+            )
+        )

@@ -1,0 +1,136 @@
+"""`trace`: from a model and example inputs to its structure."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from hap.batches import evaluating
+from hap.errors import HapError, unknown
+from hap.structure.export import export
+from hap.structure.families import families
+from hap.structure.propagate import propagate
+from hap.structure.rules.registry import Multiplication
+from hap.structure.units import Units
+from hap.types import IGNORED, Frozen, Layer, Structure, TensorSpec, describe
+
+log = logging.getLogger(__name__)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ignore: Iterable[str] = (),
+) -> Structure:
+    """Finds what can leave a model: the families of units, from its exported graph.
+
+    The graph is taken in evaluation mode. Where parameters are read in training mode only
+    (auxiliary classifiers), a second graph ties their units too, so that the smaller model trains.
+
+    Args:
+        model: any module that `torch.export` captures; left as it is.
+        args: example positional inputs; their first axis is the batch.
+        kwargs: example keyword inputs.
+        ignore: names of modules to leave alone, with all inside them; ``*`` and ``?`` are wildcards.
+
+    Returns:
+        The structure. Its costs are for one sample of this input size.
+
+    Raises:
+        HapError: the model cannot be exported, or a name to ignore matches no module.
+
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> [(f.name, f.kind, f.size) for f in trace(net, (torch.zeros(1, 4),)).families]
+    [('0', 'neuron', 6)]
+    """
+    kwargs = kwargs or {}
+    units = Units()
+    with evaluating(model):
+        calls = propagate(export(model, args, kwargs), units, _aliases(model)).layers
+        unread = [name for name, p in model.named_parameters() if p.ndim and not units.knows(name)]
+        if unread:
+            calls += _training_calls(model, args, kwargs, units)
+    units.settle_grids()
+    _ignore(model, units, ignore)
+    found, frozen = families(units, {call.weight for call in calls if call.kernel})
+    tensors, modules = describe(model)
+    return Structure(found, (*frozen, *_unread(tensors, units)), _layers(calls, _samples(args, kwargs)), tensors, modules)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """From every name of a tied parameter or buffer to the first one."""
+    first: dict[int, str] = {}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in every}
+
+
+def _training_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], units: Units
+) -> list[Multiplication]:
+    """States the relations of the training graph; its layers cost nothing when the model is used."""
+    model.train()
+    try:
+        calls = propagate(export(model, args, kwargs), units, _aliases(model)).layers
+    except HapError as error:
+        log.warning("parameters that only training mode reads stay as they are: %s", error.got)
+        return []
+    return [dataclasses.replace(call, multiplications=0) for call in calls]
+
+
+def _ignore(model: nn.Module, units: Units, patterns: Iterable[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            raise unknown("module to ignore", pattern, names)
+        for owner in units.owners.values():
+            if any(owner.tensor.startswith(f"{hit}." if hit else "") for hit in hits):
+                units.freeze(owner.ids, IGNORED)
+
+
+def _unread(tensors: Mapping[str, TensorSpec], units: Units) -> list[Frozen]:
+    return [
+        Frozen(name, axis, tuple(range(size)), "not used in the forward pass")
+        for name, spec in tensors.items()
+        if spec.is_parameter and not units.knows(name)
+        for axis, size in enumerate(spec.shape)
+    ]
+
+
+def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    return 1
+
+
+def _layers(calls: list[Multiplication], samples: int) -> tuple[Layer, ...]:
+    """One record a weight; a layer that is called several times costs the sum."""
+    uses: dict[str, int] = {}
+    first: dict[str, Multiplication] = {}
+    for call in calls:
+        uses[call.weight] = uses.get(call.weight, 0) + call.multiplications
+        first.setdefault(call.weight, call)
+    return tuple(
+        Layer(
+            module=call.weight.rpartition(".")[0],
+            weight=call.weight,
+            bias=call.bias,
+            filters=call.filters,
+            output_axis=call.output_axis,
+            kernel=call.kernel,
+            groups=call.groups,
+            transposed=call.transposed,
+            positions=uses[call.weight] // samples,
+        )
+        for call in first.values()
+    )

@@ -1,0 +1,116 @@
+"""Unit ids, and which of them must leave together (union-find)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hap.types import Role
+
+Ids = np.ndarray  # int64 unit ids, of any shape
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The block of ids that stands for the positions along one axis of a parameter or buffer."""
+
+    tensor: str
+    axis: int
+    ids: Ids
+
+
+class Units:
+    """A growing set of unit ids with the relations that the rules find between them.
+
+    Rules never look at what they tie: they state facts (these are one unit, these cannot leave,
+    this axis reads, that one writes), and `families` draws the conclusions at the end.
+    """
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self.owners: dict[tuple[str, int], Owner] = {}
+        self.roles: dict[tuple[str, int], Role] = {}
+        self.frozen: dict[int, str] = {}
+        self.inexact: set[int] = set()
+        self.grids: list[Ids] = []
+        self._owner_of: dict[int, tuple[str, int]] = {}
+        self._tensors: set[str] = set()
+
+    def fresh(self, count: int) -> Ids:
+        """New ids, tied to nothing."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def own(self, tensor: str, axis: int, size: int) -> Ids:
+        """The ids of a tensor's axis; the same ones whenever it is asked for."""
+        key = (tensor, axis)
+        self._tensors.add(tensor)
+        if key not in self.owners:
+            ids = self.fresh(size)
+            self.owners[key] = Owner(tensor, axis, ids)
+            self._owner_of[int(ids[0])] = key
+        return self.owners[key].ids
+
+    def knows(self, tensor: str) -> bool:
+        """Whether the graph reads this tensor."""
+        return tensor in self._tensors
+
+    def play(self, ids: Ids | None, role: Role) -> None:
+        """Says that the tensor axis these ids belong to produces, or consumes, its units."""
+        if ids is not None and int(ids.flat[0]) in self._owner_of:
+            self.roles[self._owner_of[int(ids.flat[0])]] = role
+
+    def find(self, unit: int) -> int:
+        """The representative of a unit."""
+        parent = self._parent
+        while parent[unit] != unit:
+            parent[unit] = parent[parent[unit]]
+            unit = parent[unit]
+        return unit
+
+    def roots(self, ids: Ids) -> Ids:
+        """The representatives of many units, in the shape of `ids`."""
+        return np.fromiter((self.find(int(i)) for i in ids.flat), dtype=np.int64, count=ids.size).reshape(ids.shape)
+
+    def tie(self, first: Ids | None, second: Ids | None) -> None:
+        """Makes aligned ids one unit each; shapes broadcast. Ids tied to nothing (None) are frozen."""
+        if first is None or second is None:
+            for ids in (first, second):
+                if ids is not None:
+                    self.freeze(ids, "meets an axis of fixed size")
+            return
+        if first.shape != second.shape:
+            first, second = np.broadcast_arrays(first, second)
+        for a, b in zip(first.flat, second.flat, strict=True):
+            root_a, root_b = self.find(int(a)), self.find(int(b))
+            if root_a != root_b:
+                self._parent[max(root_a, root_b)] = min(root_a, root_b)
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """Forbids these units to leave; the first reason given to an id is the one reported."""
+        for i in np.unique(ids):
+            self.frozen.setdefault(int(i), reason)
+
+    def blur(self, ids: Ids) -> None:
+        """Says that removing these units differs from closing their gates (a norm mixes them)."""
+        self.inexact.update(int(i) for i in np.unique(ids))
+
+    def settle_grids(self) -> None:
+        """Makes every split of an axis into several rectangular.
+
+        A view from ``g * n`` to ``(g, n)`` stays valid only if the kept units form a grid. Where
+        nothing has said which axis may shrink (attention says: the heads), the leading one is the
+        number of groups, which code keeps constant (channel shuffle, chunks, GroupNorm), so each
+        group must lose the same positions.
+        """
+        changed = True
+        while changed:
+            changed = False
+            for grid in self.grids:
+                roots = self.roots(grid)
+                if (roots == roots[:, :1]).all() or (roots == roots[:1]).all():
+                    continue
+                self.tie(grid[:1], grid[1:])
+                changed = True

@@ -1,0 +1,171 @@
+"""What a tensor of the traced graph carries: for its axes, arrays of unit ids.
+
+A `Value` has *factors*: id arrays that broadcast to the tensor's shape, each over its own axes (its
+support). An element of the tensor belongs to the unit that each factor names at its place, and it
+is gone when any of these units is. Most tensors have one factor over their channel axis; after a
+view from ``g * n`` to ``(g, n)`` one factor spans both. Axes without ids have a fixed size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hap.structure.units import Ids, Units
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor's shape and factors. Supports of different factors are disjoint."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Ids, ...] = ()
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def all_ids(self) -> list[Ids]:
+        """The ids of every factor."""
+        return [f.ravel() for f in self.factors]
+
+
+def support(factor: Ids) -> frozenset[int]:
+    """The axes along which a factor has ids."""
+    return frozenset(a for a, n in enumerate(factor.shape) if n > 1)
+
+
+def along(ids: Ids, axis: int, ndim: int) -> Ids:
+    """One-dimensional ids as a factor over `axis`."""
+    shape = [1] * ndim
+    shape[axis] = ids.size
+    return ids.reshape(shape)
+
+
+def touching(value: Value, axes: set[int]) -> list[Ids]:
+    """The factors with ids on any of these axes."""
+    return [f for f in value.factors if support(f) & axes]
+
+
+def axis_ids(units: Units, value: Value, axis: int) -> Ids | None:
+    """One id per position along `axis`, or None if it has none.
+
+    A factor that spans other axes too is tied across them: whoever reads one axis as a whole
+    cannot tell those units apart.
+    """
+    axis %= value.ndim
+    for factor in touching(value, {axis}):
+        rows = np.moveaxis(factor, axis, 0).reshape(value.shape[axis], -1)
+        if rows.shape[1] > 1:
+            units.tie(rows[:, :1], rows[:, 1:])
+        return rows[:, 0]
+    return None
+
+
+def without(value: Value, axes: set[int]) -> tuple[Ids, ...]:
+    """The factors that have no ids on these axes."""
+    return tuple(f for f in value.factors if not support(f) & axes)
+
+
+def align(units: Units, values: list[Value], shape: tuple[int, ...], where: str) -> Value:
+    """The result of an element-wise operator: aligned ids become one unit each (broadcasting)."""
+    padded = [_left_pad(v, len(shape)) for v in values]
+    merged: list[Ids] = []
+    for value in padded:
+        for factor in value.factors:
+            merged = _merge(units, merged, factor, where)
+    for value in padded:
+        own = frozenset().union(*map(support, value.factors)) if value.factors else frozenset()
+        for factor in merged:
+            fixed = [a for a in support(factor) if value.shape[a] > 1]
+            if fixed and not own & support(factor):
+                units.freeze(factor, f"combined with a tensor of fixed size by {where}")
+    return Value(shape, tuple(merged))
+
+
+def _left_pad(value: Value, ndim: int) -> Value:
+    extra = (1,) * (ndim - value.ndim)
+    return Value(extra + value.shape, tuple(f.reshape(extra + f.shape) for f in value.factors))
+
+
+def _merge(units: Units, merged: list[Ids], factor: Ids, where: str) -> list[Ids]:
+    overlapping = [m for m in merged if support(m) & support(factor)]
+    if not overlapping:
+        return [*merged, factor]
+    nested = all(support(m) <= support(factor) or support(factor) <= support(m) for m in overlapping)
+    if len(overlapping) > 1 or not nested:
+        for ids in (*overlapping, factor):
+            units.freeze(ids, f"axes that are split differently meet in {where}")
+        return merged
+    units.tie(overlapping[0], factor)
+    smaller = min(overlapping[0], factor, key=lambda f: len(support(f)))
+    return [smaller if m is overlapping[0] else m for m in merged]
+
+
+def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str) -> Value:
+    """The ids rearranged as a view, reshape, flatten, squeeze or unsqueeze rearranges the data."""
+    factors: list[Ids] = []
+    for source, target in _blocks(value.shape, shape):
+        inside = [f for f in value.factors if support(f) & set(source)]
+        if len(inside) > 1 and len(target) > 0 and [value.shape[a] for a in source] != [shape[a] for a in target]:
+            for factor in inside:
+                units.freeze(factor, f"two axes of units are merged by {where}")
+            continue
+        for factor in inside:
+            if not support(factor) <= set(source):
+                units.freeze(factor, f"axes that are split already are rearranged by {where}")
+                continue
+            local = factor.reshape([factor.shape[a] for a in source])
+            full = np.broadcast_to(local, [value.shape[a] for a in source]).reshape([shape[a] for a in target])
+            factors.append(_place(_compress(full), target, len(shape)))
+            _note_grid(units, factor, factors[-1])
+    return Value(shape, tuple(f for f in factors if support(f)))
+
+
+def _blocks(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of the smallest runs of axes with equal products, in order."""
+    blocks = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        left, right = [i] if i < len(source) else [], [j] if j < len(target) else []
+        i, j = i + len(left), j + len(right)
+        a, b = math.prod(source[k] for k in left), math.prod(target[k] for k in right)
+        while a != b:
+            if a < b:
+                left.append(i)
+                a *= source[i]
+                i += 1
+            else:
+                right.append(j)
+                b *= target[j]
+                j += 1
+        blocks.append((left, right))
+    return blocks
+
+
+def _compress(ids: Ids) -> Ids:
+    """Drops the axes along which the ids repeat."""
+    for axis in range(ids.ndim):
+        first = np.take(ids, [0], axis)
+        if (ids == first).all():
+            ids = first
+    return ids
+
+
+def _place(ids: Ids, axes: list[int], ndim: int) -> Ids:
+    shape = [1] * ndim
+    for axis, size in zip(axes, ids.shape, strict=True):
+        shape[axis] = size
+    return ids.reshape(shape)
+
+
+def _note_grid(units: Units, before: Ids, after: Ids) -> None:
+    axes = sorted(support(after))
+    if len(support(before)) != 1 or len(axes) < 2:
+        return
+    if len(axes) > 2:
+        units.freeze(after, "an axis is split into three or more")
+    units.grids.append(after.reshape(after.shape[axes[0]], -1))
