@@ -1,0 +1,158 @@
+"""The plan: what happens to every unit and filter, as data that can be stored and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hap.errors import HapError
+from hap.types import Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a family's units: kept, or pruned. Together they are all units, in order."""
+
+    keep: tuple[int, ...]
+    prune: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Implant:
+    """The filters of one layer that get a smaller replacement.
+
+    Attributes:
+        indices: positions among the *dense* layer's filters; none of them is pruned.
+        form: name of the replacement, see `hap.implants`.
+        rank: rank of the replacement, for forms that have one.
+    """
+
+    indices: tuple[int, ...]
+    form: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for a traced model; complete enough to be replayed on the dense model alone.
+
+    Attributes:
+        structure: the structure of the dense model that the plan was made for.
+        decisions: for every family, its `Decision`.
+        implants: for the layers (by module name) that get them, their `Implant`.
+        budget: what was asked for.
+        criterion: the sensitivity's criterion.
+        dense, small: cost before, and the promised cost after.
+        options: the settings that the plan was made with, for the record.
+    """
+
+    structure: Structure
+    decisions: Mapping[str, Decision]
+    implants: Mapping[str, Implant]
+    budget: Budget
+    criterion: str
+    dense: Cost
+    small: Cost
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, readable and stable."""
+        data = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        for family in data["structure"]["families"]:
+            for member in family["members"]:
+                member["indices"] = _pack(member["indices"])
+        for frozen in data["structure"]["frozen"]:
+            frozen["indices"] = _pack([[i] for i in frozen["indices"]])
+        data["structure"]["fingerprint"] = self.structure.fingerprint
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            HapError: the text is not a plan, or one of another schema version.
+        """
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise HapError(
+                "this is not a plan",
+                expected=f"JSON with a schema version, as Plan.to_json writes it (version {SCHEMA})",
+                got=repr(text[:40]),
+                remedy="the file may be damaged; make the plan again",
+            ) from error
+        if schema != SCHEMA:
+            raise HapError(
+                "this plan has another schema version",
+                expected=str(SCHEMA),
+                got=repr(schema),
+                remedy="read it with the version of hap that wrote it",
+            )
+        try:
+            return _plan(data)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise HapError(
+                "this plan is damaged",
+                expected="every field of hap.Plan",
+                got=f"{type(error).__name__}: {error}",
+                remedy="make the plan again, or fetch the file again",
+            ) from error
+
+
+def _plan(data: dict[str, Any]) -> Plan:
+    raw = data["structure"]
+    structure = Structure(
+        families=tuple(
+            Family(f["name"], f["kind"], f["size"], f["exact"], tuple(_member(m) for m in f["members"]))
+            for f in raw["families"]
+        ),
+        frozen=tuple(
+            Frozen(f["parameter"], f["axis"], tuple(i for (i,) in _unpack(f["indices"])), f["reason"])
+            for f in raw["frozen"]
+        ),
+        layers=tuple(Layer(**{**f, "kernel": tuple(f["kernel"])}) for f in raw["layers"]),
+        tensors={
+            name: TensorSpec(tuple(t["shape"]), t["dtype"], t["is_parameter"]) for name, t in raw["tensors"].items()
+        },
+        modules=raw["modules"],
+    )
+    if raw["fingerprint"] != structure.fingerprint:
+        raise ValueError("the structure does not match its fingerprint")
+    return Plan(
+        structure=structure,
+        decisions={n: Decision(tuple(d["keep"]), tuple(d["prune"])) for n, d in data["decisions"].items()},
+        implants={n: Implant(tuple(i["indices"]), i["form"], i["rank"]) for n, i in data["implants"].items()},
+        budget=Budget(**data["budget"]),
+        criterion=data["criterion"],
+        dense=Cost(**data["dense"]),
+        small=Cost(**data["small"]),
+        options=data["options"],
+    )
+
+
+def _member(data: dict[str, Any]) -> Member:
+    return Member(data["parameter"], data["axis"], tuple(map(tuple, _unpack(data["indices"]))), data["role"])
+
+
+def _pack(indices: Any) -> Any:
+    """Writes consecutive equal blocks, the usual case, as ``[start, block, units]``; else as they are."""
+    rows = [list(row) for row in indices]
+    if rows and rows[0]:
+        start, block = rows[0][0], len(rows[0])
+        if rows == _unpack({"start": start, "block": block, "units": len(rows)}):
+            return {"start": start, "block": block, "units": len(rows)}
+    return rows
+
+
+def _unpack(packed: Any) -> list[list[int]]:
+    if isinstance(packed, dict):
+        start, block = packed["start"], packed["block"]
+        return [list(range(start + u * block, start + (u + 1) * block)) for u in range(packed["units"])]
+    return packed
