@@ -1,0 +1,201 @@
+"""`apply`: the dense model and a plan -> the smaller model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from hap.batches import Batch, device_of, take
+from hap.errors import HapError
+from hap.implants import Fitted, ImplantedConv, Target, build, centre_taps, least_squares
+from hap.planning import Plan
+from hap.surgery.attributes import sizes
+from hap.surgery.layout import Layout, layout
+from hap.types import Layer, Progress, describe, silent
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch] | None = None,
+    *,
+    samples: int | None = 512,
+    progress: Progress = silent,
+) -> nn.Module:
+    """A copy of the dense model with the plan carried out; the model itself is left as it is.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from `hap.decide`.
+        batches: data for the least-squares fit of the implants; None takes centre taps.
+        samples: how many examples the fit reads at most.
+        progress: shows the fit.
+
+    Returns:
+        An ordinary, smaller module. Optimizers must be built after this.
+
+    Raises:
+        HapError: the model is not the one that the plan was made for (says what differs).
+    """
+    check(model, plan)
+    small = copy.deepcopy(model)
+    return apply_(small, plan, batches, samples=samples, progress=progress)
+
+
+def apply_(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch] | None = None,
+    *,
+    samples: int | None = 512,
+    progress: Progress = silent,
+) -> nn.Module:
+    """`apply` in place; on any error the model stays bit-identical. Returns the model."""
+    check(model, plan)
+    places = layout(plan)
+    fitted = _fit(model, plan, places, batches, samples, progress)
+    tensors = _tensors(model, places)
+    implants = {name: _implanted(model, plan, places, tensors, name, found) for name, found in fitted.items()}
+    undo: list[Callable[[], None]] = []
+    try:
+        _commit(model, plan, places, tensors, implants, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return model
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Raises a HapError that lists what differs if the model is not the one that was traced."""
+    tensors, modules = describe(model)
+    structure = plan.structure
+    differences = []
+    for kind, want, have in (("module", structure.modules, modules), ("tensor", structure.tensors, tensors)):
+        for name in sorted({*want, *have}):
+            old, new = want.get(name), have.get(name)
+            if old != new:
+                differences.append(f"{kind} {name!r}: traced {_show(old)}, now {_show(new)}")
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise HapError(
+            "this is not the model that the plan was made for",
+            expected=f"the dense model with fingerprint {structure.fingerprint[:12]}",
+            got="; ".join(differences[:5]) + more,
+            remedy="pass the dense model, or trace, measure and decide again",
+        )
+
+
+def _show(item: object) -> str:
+    shape, dtype = getattr(item, "shape", None), getattr(item, "dtype", "")
+    return f"{list(shape)} {dtype}" if shape is not None else "absent" if item is None else str(item)
+
+
+def targets(plan: Plan, places: Layout) -> dict[str, Target]:
+    """For each implanted layer, its implanted filters in their new order and the inputs that are left."""
+    found = {}
+    for name, implant in plan.implants.items():
+        layer = plan.structure.layer(name)
+        shape = plan.structure.tensors[layer.weight].shape
+        rows = set(implant.indices)
+        found[name] = Target(
+            [i for i in places.of(layer.weight, 0, shape[0]) if i in rows],
+            list(places.of(layer.weight, 1, shape[1])),
+        )
+    return found
+
+
+def _fit(
+    model: nn.Module,
+    plan: Plan,
+    places: Layout,
+    batches: Iterable[Batch] | None,
+    samples: int | None,
+    progress: Progress,
+) -> dict[str, Fitted]:
+    wanted = targets(plan, places)
+    if batches is None or not wanted:
+        return {name: centre_taps(_convolution(model, name), target) for name, target in wanted.items()}
+    data = take(batches, samples, device_of(model))
+    return least_squares(model, wanted, iter(progress(data, "fitting implants", None)))
+
+
+def _convolution(model: nn.Module, name: str) -> _ConvNd:
+    module = model.get_submodule(name)
+    assert isinstance(module, _ConvNd)
+    return module
+
+
+def _tensors(model: nn.Module, places: Layout) -> dict[str, torch.Tensor]:
+    """The tensors that change, cut and reordered; memory format kept."""
+    old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    new: dict[str, torch.Tensor] = {}
+    for (name, axis), positions in places.kept.items():
+        tensor = new.get(name, old[name].detach())
+        new[name] = tensor.index_select(axis, torch.tensor(positions, device=tensor.device))
+    for name, tensor in new.items():
+        if tensor.ndim == 4 and old[name].is_contiguous(memory_format=torch.channels_last):
+            new[name] = tensor.contiguous(memory_format=torch.channels_last)
+    return new
+
+
+def _implanted(
+    model: nn.Module, plan: Plan, places: Layout, tensors: dict[str, torch.Tensor], name: str, fitted: Fitted
+) -> ImplantedConv:
+    conv, layer = _convolution(model, name), plan.structure.layer(name)
+    rows = set(plan.implants[name].indices)
+    flags = [i in rows for i in places.of(layer.weight, 0, layer.filters)]
+    weight = tensors.get(layer.weight, conv.weight.detach())
+    bias = None if layer.bias is None or conv.bias is None else tensors.get(layer.bias, conv.bias.detach())
+    return build(conv, weight, bias, flags, fitted).train(conv.training)
+
+
+def _commit(
+    model: nn.Module,
+    plan: Plan,
+    places: Layout,
+    tensors: dict[str, torch.Tensor],
+    implants: dict[str, ImplantedConv],
+    undo: list[Callable[[], None]],
+) -> None:
+    """Puts everything in place, writing down how to take each step back."""
+    current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        _set_data(current[name], tensor, undo)
+    changed = {name.rpartition(".")[0] for name in tensors}
+    layers = {layer.module: layer for layer in plan.structure.layers}
+    for name, module in model.named_modules():
+        if name in changed:
+            for attribute, value in sizes(module, _filters(places, layers.get(name))).items():
+                _set_attribute(module, attribute, value, undo)
+    old = {model.get_submodule(name): new for name, new in implants.items()}
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if child in old:
+                _set_attribute(parent, key, old[child], undo)
+
+
+def _filters(places: Layout, layer: Layer | None) -> Sequence[int]:
+    return () if layer is None else places.of(layer.weight, layer.output_axis, layer.filters)
+
+
+def _set_data(tensor: torch.Tensor, data: torch.Tensor, undo: list[Callable[[], None]]) -> None:
+    """Keeps the tensor object, and with it ties, hooks and requires_grad."""
+    old, gradient = tensor.data, tensor.grad
+
+    def restore() -> None:
+        tensor.data, tensor.grad = old, gradient
+
+    undo.append(restore)
+    tensor.grad = None
+    tensor.data = data
+
+
+def _set_attribute(owner: nn.Module, name: str, value: object, undo: list[Callable[[], None]]) -> None:
+    old = getattr(owner, name)
+    undo.append(lambda: setattr(owner, name, old))
+    setattr(owner, name, value)

@@ -1,0 +1,83 @@
+"""From a plan to the order of what is left along every axis of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hap.planning import Plan
+from hap.types import Family
+
+Key = tuple[str, int]  # a tensor and one of its axes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is left: for each tensor axis that changes, the dense positions in their new order."""
+
+    kept: dict[Key, tuple[int, ...]]
+
+    def of(self, tensor: str, axis: int, size: int) -> Sequence[int]:
+        """The positions left along an axis of dense length `size`."""
+        return self.kept.get((tensor, axis), range(size))
+
+
+def layout(plan: Plan) -> Layout:
+    """Drops pruned units; moves the units of implanted filters to the end of their family.
+
+    Implanted and kept channels then lie side by side, so that the forward pass needs no scatter.
+    Where producers of a family have different implants, the largest set decides.
+    """
+    gone: dict[Key, set[int]] = {}
+    moved: dict[Key, dict[int, int]] = {}
+    for family in plan.structure.families:
+        decision = plan.decisions[family.name]
+        order = _order(plan, family)
+        for member in family.members:
+            key = (member.parameter, member.axis)
+            gone.setdefault(key, set()).update(i for u in decision.prune for i in member.indices[u])
+            if order != decision.keep:
+                values = [i for u in order for i in member.indices[u]]
+                moved.setdefault(key, {}).update(zip(sorted(values), values, strict=True))
+    kept = {}
+    for key, lost in gone.items():
+        places = moved.get(key, {})
+        left = [i for i in range(plan.structure.tensors[key[0]].shape[key[1]]) if i not in lost]
+        if lost or places:
+            kept[key] = tuple(places.get(i, i) for i in left)
+    return Layout(kept)
+
+
+def _order(plan: Plan, family: Family) -> tuple[int, ...]:
+    """The kept units: first those with full filters, then those with implanted ones."""
+    kept = plan.decisions[family.name].keep
+    sets = [s for s in _implanted_units(plan, family) if s]
+    if not sets or not _movable(family):
+        return kept
+    last = max(sets, key=len)
+    return (*(u for u in kept if u not in last), *(u for u in kept if u in last))
+
+
+def _implanted_units(plan: Plan, family: Family) -> list[set[int]]:
+    """For each layer that writes the family, the units whose filters it implants."""
+    found = []
+    for layer in plan.structure.layers:
+        implant = plan.implants.get(layer.module)
+        for member in family.members if implant is not None else ():
+            if (member.parameter, member.axis) == (layer.weight, layer.output_axis):
+                rows = set(implant.indices) if implant is not None else set()
+                found.append({u for u, indices in enumerate(member.indices) if rows.issuperset(indices)})
+    return found
+
+
+def _movable(family: Family) -> bool:
+    """Whether units can change places: each takes a run of as many positions as every other, in order.
+
+    Units that interleave (channel shuffle, the same place in several groups) stay where they are.
+    """
+    for member in family.members:
+        lengths = {len(unit) for unit in member.indices}
+        flat = [i for unit in member.indices for i in unit]
+        if len(lengths) > 1 or flat != sorted(flat):
+            return False
+    return True

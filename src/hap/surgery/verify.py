@@ -1,0 +1,121 @@
+"""`verify`: does the smaller model compute what the plan promised?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from hap.batches import evaluating
+from hap.errors import HapError
+from hap.implants import ImplantedConv, centre
+from hap.planning import Plan
+from hap.surgery.apply import check, targets
+from hap.surgery.layout import layout
+from hap.types import Verification
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tolerance: float = 1e-9,
+) -> Verification:
+    """Compares the small model with the dense one whose pruned units' gates are closed, in float64.
+
+    The gates are closed where units are read: the consumers' weights for them become zero. Filters
+    with implants are replaced by what the implants compute, written as k x k filters. It holds
+    right after `apply`, before anything is trained or refitted.
+
+    Args:
+        model: the dense model.
+        small: what `apply` made of it.
+        plan: the plan in between.
+        args, kwargs: inputs; on the models' device.
+        tolerance: largest relative error that passes.
+
+    Raises:
+        HapError: `model` is not the dense model of the plan, or the small model does not run.
+    """
+    check(model, plan)
+    args, kwargs = _double((args, dict(kwargs or {})))
+    reference = _gated(model, small, plan)
+    with evaluating(reference), torch.no_grad():
+        want = reference(*args, **kwargs)
+    del reference
+    narrow = copy.deepcopy(small).double()
+    try:
+        with evaluating(narrow), torch.no_grad():
+            have = narrow(*args, **kwargs)
+    except RuntimeError as error:
+        raise HapError(
+            f"the pruned model does not run: {str(error).splitlines()[0]}",
+            expected="a forward pass on the inputs of the dense model",
+            remedy="a size is probably written as a number in its forward pass; name that module in trace(ignore=)",
+        ) from error
+    error_found = _relative_error(want, have)
+    params = sum(p.numel() for p in small.parameters())
+    return Verification(
+        ok=error_found <= tolerance and params == plan.small.params,
+        max_relative_error=error_found,
+        params=params,
+        promised_params=plan.small.params,
+    )
+
+
+def _double(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def _gated(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
+    """The dense model in float64 with closed gates, and implants in place of the filters they replace."""
+    reference = copy.deepcopy(model).double()
+    parameters = dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, target in targets(plan, layout(plan)).items():
+            implanted = small.get_submodule(name)
+            conv = reference.get_submodule(name)
+            assert isinstance(implanted, ImplantedConv) and isinstance(conv, _ConvNd)
+            _write(conv, implanted, list(target.rows), list(target.columns))
+        for family in plan.structure.families:
+            for member in family.roles("consumer"):
+                lost = [i for u in plan.decisions[family.name].prune for i in member.indices[u]]
+                weight = parameters[member.parameter]
+                weight.index_fill_(member.axis, torch.tensor(lost, dtype=torch.long, device=weight.device), 0.0)
+    return reference
+
+
+def _write(conv: _ConvNd, implanted: ImplantedConv, rows: list[int], columns: list[int]) -> None:
+    """Writes pointwise filters as k x k ones that are zero but for the centre tap."""
+    device = conv.weight.device
+    where = torch.tensor(rows, device=device)
+    kernel = torch.zeros_like(conv.weight[where])
+    taps = tuple(centre(k) for k in conv.kernel_size)
+    small = implanted.implant.weight.detach().double().flatten(1)
+    kernel[(slice(None), torch.tensor(columns, device=device), *taps)] = small
+    conv.weight[where] = kernel
+    if conv.bias is not None and implanted.implant.bias is not None:
+        conv.bias[where] = implanted.implant.bias.detach().double()
+
+
+def _relative_error(want: Any, have: Any) -> float:
+    """max |have - want| / max |want| over all tensors of the outputs."""
+    left = [t for t in pytree.tree_leaves(want) if isinstance(t, torch.Tensor)]
+    right = [t for t in pytree.tree_leaves(have) if isinstance(t, torch.Tensor)]
+    if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        scale = float(a.double().abs().max()) if a.numel() else 0.0
+        difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        ratio = difference / scale if scale else difference
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
