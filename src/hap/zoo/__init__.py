@@ -1,0 +1,13 @@
+"""The paper's networks and the data sets to try them on.
+
+>>> from hap import zoo
+>>> model = zoo.build("resnet20")
+>>> zoo.MODELS["resnet20"].input_shape
+(3, 32, 32)
+"""
+
+from hap.zoo.data import DATASETS, Dataset, load_data
+from hap.zoo.models import MODELS, Model, build
+from hap.zoo.splits import DataSplits, Split
+
+__all__ = ["DATASETS", "MODELS", "DataSplits", "Dataset", "Model", "Split", "build", "load_data"]

@@ -1,0 +1,166 @@
+"""What a data set is: splits that can be read again and again, and how they are cut.
+
+The rule of evidence: calibration and training read the training images, choices are made on a validation split
+cut from them, and the test images are read for the reported number only.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hap.errors import HapError
+
+ImageBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to load a data set; see `hap.zoo.load_data`."""
+
+    batch_size: int
+    seed: int
+    validation: int | None
+    limit: int | None
+    image_size: int | None
+    workers: int
+
+    def __post_init__(self) -> None:
+        for name, lowest in {"batch_size": 1, "validation": 1, "limit": 1, "image_size": 1, "workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise HapError(f"{name} is too small", expected=f"at least {lowest}", got=str(value))
+
+
+class Split(ABC):
+    """Batches ``(images, labels)``: float32 (N, C, H, W), normalised, and int64 (N,).
+
+    Iterating again gives the same batches; of a shuffled split it gives the next epoch. ``epoch(e)`` gives epoch
+    `e`, the same at every call and in every process. ``len()`` is the number of batches.
+
+    Attributes:
+        indices: positions of this split's images in their source, in unshuffled order.
+        batch_size: images in a batch; the last may be smaller.
+    """
+
+    def __init__(self, indices: torch.Tensor, *, batch_size: int, seed: int, shuffle: bool = False) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epochs = 0
+
+    @property
+    def samples(self) -> int:
+        """The number of images."""
+        return len(self.indices)
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        self._epochs += 1
+        return self.epoch(self._epochs - 1)
+
+    def epoch(self, number: int) -> Iterator[ImageBatch]:
+        """The batches of epoch `number`, counted from 0."""
+        generator = stream(self._seed, f"epoch {number}")
+        order = torch.randperm(self.samples, generator=generator) if self._shuffle else torch.arange(self.samples)
+        return self._batches(self.indices[order], generator)
+
+    @abstractmethod
+    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[ImageBatch]:
+        """Batches of the images at `order`; every random choice comes from `generator`."""
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set.
+
+    Attributes:
+        name: for tables and titles.
+        classes: names of the classes, by label.
+        input_shape: channels, height, width.
+        train: augmented, another order each epoch.
+        calibration: the images of `train`, not augmented, in one fixed random order; what `hap.measure` reads.
+        validation: cut from the training set, for choices.
+        test: for the reported number only.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    train: Split
+    calibration: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """``(pixel / scale - mean) / std`` for each channel."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, C, H, W) to float32.
+
+        >>> Normalisation(255, (0.5,), (0.25,))(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).flatten().tolist()
+        [-2.0, 2.0]
+        """
+        mean = torch.tensor(self.mean).mul_(self.scale).view(-1, 1, 1)
+        std = torch.tensor(self.std).mul_(self.scale).view(-1, 1, 1)
+        return pixels.float().sub_(mean).div_(std)
+
+
+# The usual constants for natural images; also what the zoo's CIFAR weights were trained with.
+IMAGENET = Normalisation(255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for each seed and purpose, so that no two draws of a run are correlated."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {purpose}").getrandbits(32))
+
+
+def divide(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions 0..count-1 cut at random in two: the rest, and `held_out` of them; each in random order.
+
+    Raises:
+        HapError: one of the two would be empty.
+
+    >>> rest, held_out = divide(10, 3, seed=0)
+    >>> len(rest), len(held_out), sorted(rest.tolist() + held_out.tolist()) == list(range(10))
+    (7, 3, True)
+    """
+    if not 0 < held_out < count:
+        raise HapError(
+            "the training set cannot be divided",
+            expected=f"validation between 1 and {count - 1} images" if count > 1 else "at least 2 training images",
+            got=f"{held_out} of {count}",
+            remedy="give validation=, or more training images",
+        )
+    order = torch.randperm(count, generator=stream(seed, "split"))
+    return order[held_out:], order[:held_out]
+
+
+def cut_validation(count: int, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation positions among `count` training images; a tenth is held out unless told."""
+    held_out = max(1, count // 10) if options.validation is None else options.validation
+    train, validation = divide(count, held_out, options.seed)
+    return train[: options.limit], validation[: options.limit]
+
+
+def shuffled(count: int, options: Options) -> torch.Tensor:
+    """All positions, or `options.limit` of them, in one random order."""
+    return torch.randperm(count, generator=stream(options.seed, "split"))[: options.limit]
+
+
+def in_order(count: int, limit: int | None) -> torch.Tensor:
+    """All positions, or a random `limit` of them (sources are often sorted by class), ascending; never the seed's."""
+    return torch.randperm(count, generator=stream(0, "limit"))[:limit].sort().values
