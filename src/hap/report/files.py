@@ -1,0 +1,71 @@
+"""Writes a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from hap.errors import HapError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EACCES: "write to a folder that you may write to",
+    errno.EPERM: "write to a folder that you may write to",
+    errno.EROFS: "write to a folder that you may write to",
+}
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Writes `data` as JSON text. An older file at `path` stays as it is until the new one is complete.
+
+    Missing folders are made. Numbers must be finite, since JSON has no NaN or infinity.
+
+    Raises:
+        HapError: `data` is not JSON, or the file cannot be written.
+    """
+    try:
+        text = json.dumps(data, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise HapError(
+            "this data cannot be written as JSON",
+            expected="dicts, lists, strings, finite numbers, booleans and None",
+            got=str(error),
+            remedy="turn tensors into lists, and values that are not finite into None",
+        ) from error
+    write_bytes(path, f"{text}\n".encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes `content` to a file beside `path`, then puts that in its place in one step.
+
+    Raises:
+        HapError: the file cannot be written; whatever was at `path` is still there.
+    """
+    path = Path(path)
+    # Not `tempfile`: its files are readable by their owner alone, whatever the umask says.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # without it, a power cut can leave the new name on an empty file
+            os.replace(beside, path)
+        except BaseException:  # a keyboard interrupt too leaves nothing behind
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise HapError(
+            f"cannot write {path}",
+            expected="a path that can be written to, and room for the file",
+            got=error.strerror or str(error),
+            remedy=_REMEDIES.get(error.errno or 0, "check the path"),
+        ) from error
