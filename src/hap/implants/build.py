@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,8 @@ def _like(
 ) -> _ConvNd:
     """A convolution with the settings of `conv` and these weights."""
     groups = out // block if block else 1
-    new = type(conv)(
+    make: type[Any] = type(conv)
+    new: _ConvNd = make(
         weight.shape[1] * groups,
         out,
         1 if pointwise else conv.kernel_size,

@@ -47,9 +47,7 @@ def centre_taps(conv: _ConvNd, target: Target) -> Fitted:
     return Fitted(weight.clone(), None if conv.bias is None else conv.bias.detach()[rows].clone())
 
 
-def least_squares(
-    model: nn.Module, targets: Mapping[str, Target], batches: Iterator[Batch]
-) -> dict[str, Fitted]:
+def least_squares(model: nn.Module, targets: Mapping[str, Target], batches: Iterator[Batch]) -> dict[str, Fitted]:
     """For each convolution (by module name), the pointwise filters closest to its dense ones.
 
     Minimises ``E |y - W u - b|^2`` over the calibration data, where y is the dense filters' response

@@ -1,6 +1,8 @@
 """Sensitivities, costs and a budget -> a plan: what to keep, implant and prune."""
 
+from hap.planning.cost import CostModel
 from hap.planning.decide import decide
+from hap.planning.latency import Latency, measure_latency
 from hap.planning.plan import Decision, Implant, Plan
 
-__all__ = ["Decision", "Implant", "Plan", "decide"]
+__all__ = ["CostModel", "Decision", "Implant", "Latency", "Plan", "decide", "measure_latency"]

@@ -115,7 +115,7 @@ class _Rule:
         pruned = {f.name: np.zeros(f.size, dtype=bool) for f in ranked.families}
         implant_units: list[tuple[int, int]] = []
         filters: list[tuple[int, int]] = []
-        for position, i in enumerate(self._active[:n]):
+        for position, i in enumerate(self._active[:n].tolist()):
             family, unit, layer = int(ranked.family[i]), int(ranked.unit[i]), int(ranked.layer[i])
             if layer >= 0:
                 filters.append((layer, unit))
@@ -131,7 +131,7 @@ class _Rule:
         if self.round_to == 1:
             return
         names = [f.name for f in self.ranked.families]
-        for i in self._active[::-1]:
+        for i in reversed(self._active.tolist()):
             if self.ranked.layer[i] < 0:
                 mask = pruned[names[self.ranked.family[i]]]
                 if mask[self.ranked.unit[i]] and (len(mask) - mask.sum()) % self.round_to:
@@ -150,8 +150,8 @@ class _Rule:
         for layer, found in rows.items():
             for family, by_layer in ranked.implants.items():
                 mask = pruned[ranked.families[family].name]
-                for unit in np.flatnonzero(mask) if layer in by_layer else ():
-                    found.difference_update(by_layer[layer][unit])
+                for gone in np.flatnonzero(mask).tolist() if layer in by_layer else ():
+                    found.difference_update(by_layer[layer][gone])
         return {ranked.layers[layer].module: sorted(found) for layer, found in rows.items()}
 
 
@@ -222,9 +222,7 @@ def _decisions(structure: Structure, pruned: Mapping[str, np.ndarray]) -> dict[s
     decisions = {}
     for family in structure.families:
         mask = pruned.get(family.name, np.zeros(family.size, dtype=bool))
-        decisions[family.name] = Decision(
-            tuple(np.flatnonzero(~mask).tolist()), tuple(np.flatnonzero(mask).tolist())
-        )
+        decisions[family.name] = Decision(tuple(np.flatnonzero(~mask).tolist()), tuple(np.flatnonzero(mask).tolist()))
     return decisions
 
 

@@ -57,9 +57,7 @@ def _reasons(units: Units, places: dict[int, Places]) -> dict[int, str]:
     return reasons
 
 
-def _family(
-    units: Units, members: list[Places], exact: bool, rank: dict[str, int], convolutions: set[str]
-) -> Family:
+def _family(units: Units, members: list[Places], exact: bool, rank: dict[str, int], convolutions: set[str]) -> Family:
     keys = sorted(members[0], key=lambda key: (rank.get(key[0], len(rank)), key))
     first = next(key for key in keys if _role(units, key) == "producer")
     members = sorted(members, key=lambda where: where[first])

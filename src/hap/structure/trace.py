@@ -63,7 +63,9 @@ def trace(
     _ignore(model, units, ignore)
     found, frozen = families(units, {call.weight for call in calls if call.kernel})
     tensors, modules = describe(model)
-    return Structure(found, (*frozen, *_unread(tensors, units)), _layers(calls, _samples(args, kwargs)), tensors, modules)
+    return Structure(
+        found, (*frozen, *_unread(tensors, units)), _layers(calls, _samples(args, kwargs)), tensors, modules
+    )
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -100,7 +100,8 @@ def _write(conv: _ConvNd, implanted: ImplantedConv, rows: list[int], columns: li
     kernel = torch.zeros_like(conv.weight[where])
     taps = tuple(centre(k) for k in conv.kernel_size)
     small = implanted.implant.weight.detach().double().flatten(1)
-    kernel[(slice(None), torch.tensor(columns, device=device), *taps)] = small
+    place: Any = (slice(None), torch.tensor(columns, device=device), *taps)
+    kernel[place] = small
     conv.weight[where] = kernel
     if conv.bias is not None and implanted.implant.bias is not None:
         conv.bias[where] = implanted.implant.bias.detach().double()

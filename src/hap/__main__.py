@@ -1,0 +1,5 @@
+"""``python -m hap``."""
+
+from hap.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hap.errors import HapError
+
+
+def refuse_existing(directory: Path, overwrite: bool) -> None:
+    """Raises a HapError if `directory` exists and may not be replaced, or is no directory."""
+    if directory.exists() and not directory.is_dir():
+        raise HapError(f"{directory} is a file", expected="the path of a directory", remedy="choose another path")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise HapError(
+            f"{directory} exists already",
+            expected="a new or empty directory",
+            remedy="choose another path, or pass --overwrite (overwrite=True)",
+        )
+
+
+@contextmanager
+def fresh_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory that takes the place of `directory` when the block ends well.
+
+    On an error or an interrupt it is removed, and what stood at `directory` stays as it was.
+
+    Raises:
+        HapError: `directory` exists and `overwrite` is False, or the disk is full or read-only.
+    """
+    directory = directory.absolute()
+    refuse_existing(directory, overwrite)
+    staging: Path | None = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        staging.chmod(0o755)
+        yield staging
+        _swap(staging, directory)
+    except OSError as error:
+        raise disk_error(directory, error) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, directory: Path) -> None:
+    """Puts the new directory in place; the old one is deleted only after that."""
+    old = None
+    if directory.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+        os.replace(directory, old / "old")
+    try:
+        os.replace(staging, directory)
+    except OSError:
+        if old is not None:
+            os.replace(old / "old", directory)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_error(path: Path, error: OSError) -> HapError:
+    """The HapError for a failed write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return HapError(
+        f"could not write {path}",
+        expected="a writable place with enough space",
+        got=error.strerror or str(error),
+        remedy="free some space, or choose another disk" if full else "check the path and its permissions",
+    )

@@ -1,0 +1,142 @@
+"""`save` and `load`: a directory of safetensors and JSON, and no pickle."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from hap.checkpoint.card import card
+from hap.checkpoint.directory import fresh_directory
+from hap.errors import HapError
+from hap.planning import Plan
+from hap.surgery import apply_
+
+MODEL, PLAN, CARD = "model.safetensors", "plan.json", "README.md"
+
+
+def save(
+    small: nn.Module,
+    plan: Plan,
+    directory: str | Path,
+    *,
+    results: Mapping[str, tuple[Any, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the pruned model as ``model.safetensors``, ``plan.json`` and a model card.
+
+    The directory appears whole or not at all.
+
+    Args:
+        small: the pruned model, trained or not.
+        plan: the plan that made it.
+        directory: where to; must be new or empty unless `overwrite`.
+        results: more rows for the model card: name -> (dense, pruned).
+        overwrite: replace a directory that exists.
+
+    Returns:
+        The directory.
+
+    Raises:
+        HapError: the directory exists, the disk is full, or the model does not fit the plan.
+    """
+    directory = Path(directory)
+    params = sum(p.numel() for p in small.parameters())
+    if params != plan.small.params:
+        raise HapError(
+            "this model is not what the plan made",
+            expected=f"{plan.small.params:,} parameters",
+            got=f"{params:,}",
+            remedy="pass the model that hap.apply returned for this plan",
+        )
+    with fresh_directory(directory, overwrite=overwrite) as staging:
+        write(small, plan, staging, results=results)
+    return directory
+
+
+def write(
+    small: nn.Module, plan: Plan, directory: Path, *, results: Mapping[str, tuple[Any, Any]] | None = None
+) -> None:
+    """Writes the three files into a directory that exists."""
+    save_model(small, str(directory / MODEL), metadata={"format": "pt", "plan": plan.structure.fingerprint})
+    (directory / PLAN).write_text(plan.to_json())
+    (directory / CARD).write_text(card(plan, versions(), results or {}))
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made a result."""
+    try:
+        own = metadata.version("torch-hap")
+    except metadata.PackageNotFoundError:  # used from a source tree that was not installed
+        own = "unknown"
+    return {"hap": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """The size of a model's safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        save_model(model, str(path))
+        return path.stat().st_size
+
+
+def load(directory: str | Path, model: nn.Module) -> tuple[nn.Module, Plan]:
+    """Rebuilds the pruned model from the dense one and a directory that `save` wrote.
+
+    Args:
+        directory: what `save` wrote.
+        model: the dense model (its weights do not matter); left as it is.
+
+    Returns:
+        The pruned model, in the dense model's mode and on its device, and its plan.
+
+    Raises:
+        HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan.
+    """
+    directory = Path(directory)
+    plan = read_plan(directory)
+    small = apply_(copy.deepcopy(model), plan)
+    path = directory / MODEL
+    try:
+        missing, unexpected = load_model(small, str(path), strict=False)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise HapError(
+            f"{path} cannot be read",
+            expected="the tensors of the pruned model, as hap.save writes them",
+            got=str(error).splitlines()[0],
+            remedy="the file is damaged, cut short or of another model; fetch or save it again",
+        ) from error
+    if missing or unexpected:
+        raise HapError(
+            f"{path} does not fit its plan",
+            expected="exactly the tensors of the pruned model",
+            got=f"missing {sorted(missing)[:4]}, unexpected {sorted(unexpected)[:4]}",
+            remedy="model.safetensors and plan.json must come from the same run",
+        )
+    return small, plan
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan in a checkpoint directory."""
+    for name in (PLAN, MODEL):
+        if not (directory / name).is_file():
+            raise HapError(
+                f"{directory} is not a hap checkpoint",
+                expected=f"{PLAN} and {MODEL}",
+                got=f"no {name}" if directory.is_dir() else "no such directory",
+                remedy="pass a directory that hap.save or `hap prune --out` wrote",
+            )
+    try:
+        text = (directory / PLAN).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HapError(f"{directory / PLAN} cannot be read", expected="UTF-8 JSON", got=str(error)) from error
+    return Plan.from_json(text)

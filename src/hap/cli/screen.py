@@ -1,0 +1,81 @@
+"""What the command line shows: progress bars and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from hap.pipeline import Run
+from hap.report import Comparison
+
+T = TypeVar("T")
+console = Console(stderr=False)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step for slow ones."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="cyan")
+
+
+def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """The command line's `hap.types.Progress`: steps done, rate and time left, on standard error."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def show(run: Run) -> None:
+    """Prints what was done, the before/after table and where everything lies."""
+    plan = run.result.plan
+    pruned = sum(len(d.prune) for d in plan.decisions.values())
+    units = pruned + sum(len(d.keep) for d in plan.decisions.values())
+    implanted = sum(len(i.indices) for i in plan.implants.values())
+    error = run.result.verification.max_relative_error
+    console.print(f"{pruned} of {units} units pruned, {implanted} filters implanted ({plan.criterion})")
+    console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
+    if run.as_cut.accuracy is not None:
+        chosen = run.history.chosen
+        kept = f"epoch {chosen} of {len(run.history.epochs)}" if run.history.epochs else "no fine-tuning"
+        console.print(f"validation accuracy as cut, recalibrated: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
+    console.print(rich_table(run.comparison))
+    console.print(f"run directory: {run.directory}", soft_wrap=True)
+
+
+def rich_table(comparison: Comparison) -> Table:
+    """The comparison as a table for the terminal."""
+    made = Table("", "dense", "small", "small vs dense")
+    for column in made.columns[1:]:
+        column.justify = "right"
+    for row in comparison.rows:
+        made.add_row(*row.cells())
+    return made
