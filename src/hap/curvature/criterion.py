@@ -1,0 +1,123 @@
+"""What a criterion is: a way to score units and filters. New ones need no change to this package."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from hap import batches
+from hap.errors import HapError
+from hap.types import Progress, Structure, silent
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a criterion is given. The model is in evaluation mode, with gradients enabled.
+
+    A criterion may set ``requires_grad`` and ``grad`` of the parameters as it likes: `measure` puts
+    them back. Hooks it registers it must remove itself.
+
+    Attributes:
+        model: the dense model.
+        data: batches as the caller gave them; read them through `batches`.
+        loss: ``loss(outputs, batch)``; None for `hap.batches.default_loss`.
+        structure: the units and layers to score.
+        samples: the number of examples to use, at most.
+        draws: random draws per example or batch; 0 for a criterion that makes none.
+        seed: seed of all randomness, see `generator`.
+        progress: wraps the loop over batches.
+    """
+
+    model: nn.Module
+    data: Iterable[batches.Batch] | None
+    loss: batches.Loss | None
+    structure: Structure
+    samples: int
+    draws: int = 0
+    seed: int = 0
+    progress: Progress = silent
+
+    def batches(self, description: str) -> Iterator[batches.Batch]:
+        """The first `samples` examples on the model's device.
+
+        Raises:
+            HapError: there is no example at all.
+        """
+        taken = batches.take(self.data, self.samples, batches.device_of(self.model))
+        return iter(self.progress(taken, description))
+
+    def generator(self, *key: str | int) -> torch.Generator:
+        """A generator of its own for each key, on the CPU so that results do not depend on the device."""
+        text = "/".join(map(str, (self.seed, *key)))
+        digest = hashlib.blake2b(text.encode(), digest_size=4).digest()  # torch's Mersenne twister reads 32 bits
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a criterion returns; the fields are those of `hap.types.Sensitivity`."""
+
+    samples: int
+    draws: int
+    scores: Mapping[str, torch.Tensor]
+    stderr: Mapping[str, torch.Tensor]
+    filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Criterion(ABC):
+    """Scores every unit and every filter of a model; the higher, the more it is needed.
+
+    Attributes:
+        name: the name in `CRITERIA` and in results.
+        default_draws: draws when the caller names none; 0 for a criterion that makes none.
+        needs_data: whether it reads batches.
+
+    >>> class Last(Criterion):
+    ...     name = "last"
+    ...     needs_data = False
+    ...     def score(self, problem):
+    ...         sizes = {f.name: f.size for f in problem.structure.families}
+    ...         return Scores(
+    ...             samples=0, draws=0,
+    ...             scores={n: torch.arange(s, dtype=torch.float64) for n, s in sizes.items()},
+    ...             stderr={n: torch.zeros(s, dtype=torch.float64) for n, s in sizes.items()},
+    ...         )
+
+    Pass ``criterion=Last()`` to `measure`, or decorate the class with `register` to use its name.
+    """
+
+    name: ClassVar[str]
+    default_draws: ClassVar[int] = 0
+    needs_data: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, problem: Problem) -> Scores:
+        """Score the units and filters of `problem`."""
+
+
+CRITERIA: dict[str, type[Criterion]] = {}
+
+C = TypeVar("C", bound=type[Criterion])
+
+
+def register(criterion: C) -> C:
+    """Class decorator: make a criterion known by its name.
+
+    Raises:
+        HapError: another criterion has this name.
+    """
+    if CRITERIA.setdefault(criterion.name, criterion) is not criterion:
+        raise HapError(
+            f"there is a criterion {criterion.name!r} already",
+            expected="a name of its own for each criterion",
+            got=f"{CRITERIA[criterion.name].__qualname__} and {criterion.__qualname__}",
+            remedy="choose another name",
+        )
+    return criterion

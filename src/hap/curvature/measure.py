@@ -1,0 +1,167 @@
+"""The entry point: validate, protect the model, let the criterion score."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from hap import batches as data
+from hap.curvature.criterion import CRITERIA, Criterion, Problem
+from hap.errors import HapError, unknown
+from hap.types import Progress, Sensitivity, Structure, silent
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[data.Batch] | None,
+    loss: data.Loss | None,
+    structure: Structure,
+    *,
+    criterion: str | Criterion = "gate-fisher",
+    samples: int = 512,
+    draws: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """How much every unit and filter matters to the loss, with a standard error for each.
+
+    The model is put in evaluation mode meanwhile and is left as it was found, also when an error is raised.
+
+    Args:
+        model: the dense model; runs on its own device and dtype.
+        batches: calibration batches, read once; None for a criterion that needs no data.
+        loss: ``loss(outputs, batch) -> scalar``; None means cross-entropy of the logits, or ``outputs.loss``.
+        structure: what `hap.trace` found in this model.
+        criterion: a name in `CRITERIA`, or an instance of `Criterion`.
+        samples: the number of examples to use, at most.
+        draws: random draws per example (gate-fisher) or probes per batch (hessian-trace); None for the default.
+        seed: same seed and data, same result.
+        progress: wraps the loop over batches.
+
+    Returns:
+        Scores of units by family and of filters by layer, float64 on the CPU.
+
+    Raises:
+        HapError: an argument is out of range, the structure is another model's, there is no data, the loss is not
+            finite, or the criterion does not fit the model.
+    """
+    chosen = _criterion(criterion)
+    _check_counts(chosen, samples, draws)
+    _check_structure(model, structure)
+    if chosen.needs_data and batches is None:
+        raise HapError(
+            f"{chosen.name} needs data",
+            expected="batches of calibration examples",
+            got="None",
+            remedy="pass a list or a DataLoader; magnitude and random need no data",
+        )
+    count = chosen.default_draws if draws is None else draws
+    problem = Problem(model, batches, loss, structure, samples, count, seed, progress)
+    # inference_mode(False) also turns gradients on, should the caller have turned them off.
+    with data.evaluating(model), _gradients_kept(model), torch.inference_mode(False):
+        found = chosen.score(problem)
+    _check_scores(chosen.name, structure, found.scores, found.stderr)
+    return Sensitivity(
+        criterion=chosen.name,
+        samples=found.samples,
+        draws=found.draws,
+        scores=_plain(found.scores),
+        stderr=_plain(found.stderr),
+        filters=_plain(found.filters),
+        filters_stderr=_plain(found.filters_stderr),
+    )
+
+
+@contextlib.contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Puts every parameter's ``requires_grad`` and ``grad`` back afterwards."""
+    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in found:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, required, gradient in found:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _criterion(criterion: str | Criterion) -> Criterion:
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, str) and criterion in CRITERIA:
+        return CRITERIA[criterion]()
+    if isinstance(criterion, str):
+        raise unknown("criterion", criterion, CRITERIA)
+    raise HapError(
+        "this is not a criterion",
+        expected=f"an instance of hap.Criterion, or one of: {', '.join(sorted(CRITERIA))}",
+        got=repr(criterion),
+        remedy="pass an instance, not the class" if isinstance(criterion, type) else "",
+    )
+
+
+def _check_counts(criterion: Criterion, samples: int, draws: int | None) -> None:
+    if samples < 1:
+        raise HapError("there are no samples to use", expected="samples >= 1", got=str(samples))
+    if draws is None:
+        return
+    if not criterion.default_draws:
+        raise HapError(
+            f"{criterion.name} makes no random draws",
+            expected="draws=None",
+            got=str(draws),
+            remedy="leave draws out, or choose another criterion",
+        )
+    if draws < 1:
+        raise HapError("there are no draws to make", expected="draws >= 1", got=str(draws))
+
+
+def _check_structure(model: nn.Module, structure: Structure) -> None:
+    if not structure.families and not structure.layers:
+        raise HapError(
+            "there is nothing to score",
+            expected="a structure with at least one family or layer",
+            got="neither",
+            remedy="see structure.frozen for what cannot leave, and why",
+        )
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, spec in structure.tensors.items():
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != tuple(spec.shape):
+            raise HapError(
+                "this structure is not this model's",
+                expected=f"{name} of shape {tuple(spec.shape)}",
+                got=f"shape {shape}" if shape else "no such tensor",
+                remedy="trace the model that you measure",
+            )
+
+
+def _check_scores(
+    name: str, structure: Structure, scores: Mapping[str, torch.Tensor], stderr: Mapping[str, torch.Tensor]
+) -> None:
+    for family in structure.families:
+        for kind, values in (("score", scores), ("standard error", stderr)):
+            shape = tuple(values[family.name].shape) if family.name in values else None
+            if shape != (family.size,):
+                raise HapError(
+                    f"criterion {name!r} gave no {kind} for each unit of family {family.name!r}",
+                    expected=f"shape ({family.size},)",
+                    got="nothing" if shape is None else f"shape {shape}",
+                    remedy="a criterion returns Scores with one entry for each family",
+                )
+        if any(math.isnan(value) for value in scores[family.name].tolist()):
+            raise HapError(
+                f"criterion {name!r} gave scores that are not numbers",
+                expected="a number for each unit",
+                got=f"NaN in family {family.name!r}",
+                remedy="check inputs and weights for NaN or overflow",
+            )
+
+
+def _plain(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu").double() for name, value in values.items()}
