@@ -29,7 +29,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
+    """The batch with every tensor on `device`; a mapping becomes a plain dict."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
@@ -123,15 +124,20 @@ def default_loss(outputs: Any, batch: Batch) -> torch.Tensor:
             got=f"logits {tuple(scores.shape)}, targets {tuple(labels.shape)} {labels.dtype}",
             remedy="pass your own loss(outputs, batch)",
         )
+    if labels.device.type == "cpu":  # elsewhere, looking at the labels would stop the device at every step
+        _check_labels(labels, scores.shape[1])
+    return F.cross_entropy(scores, labels)
+
+
+def _check_labels(labels: torch.Tensor, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
-    if high >= scores.shape[1] or (low < 0 and low != -100):
+    if high >= classes or (low < 0 and low != -100):
         raise HapError(
             "a label is out of range",
-            expected=f"labels from 0 to {scores.shape[1] - 1}, one for each output of the model",
+            expected=f"labels from 0 to {classes - 1}, one for each output of the model",
             got=f"labels from {low} to {high}",
             remedy="check that the model's number of classes is the data set's",
         )
-    return F.cross_entropy(scores, labels)
 
 
 def checked(loss: Loss | None) -> Loss:

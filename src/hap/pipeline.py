@@ -104,7 +104,7 @@ class Training:
 
     epochs: int = 1
     optimizer: str = "sgd"
-    lr: float = 0.02
+    lr: float | None = None
     weight_decay: float = 5e-4
     schedule: str = "cosine"
     warmup: float = 0.0

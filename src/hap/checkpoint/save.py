@@ -67,7 +67,7 @@ def write(
     small: nn.Module, plan: Plan, directory: Path, *, results: Mapping[str, tuple[Any, Any]] | None = None
 ) -> None:
     """Writes the three files into a directory that exists."""
-    save_model(small, str(directory / MODEL), metadata={"format": "pt", "plan": plan.structure.fingerprint})
+    save_model(small, str(directory / MODEL))
     (directory / PLAN).write_text(plan.to_json())
     (directory / CARD).write_text(card(plan, versions(), results or {}))
 

@@ -9,7 +9,7 @@ import typer
 
 from hap import zoo
 from hap.cli import sources
-from hap.cli.screen import bar, show
+from hap.cli.screen import Bars, show
 from hap.pipeline import Training, run
 from hap.types import Budget
 
@@ -38,7 +38,9 @@ def prune(
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units in each family.")] = 1,
     ignore: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be given again.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 skips it.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.02,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     schedule: Annotated[str, typer.Option(help="cosine, step or constant.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Fraction of all steps in which the learning rate rises.")] = 0.0,
@@ -56,24 +58,25 @@ def prune(
     """
     budget = Budget(params=keep_params, macs=keep_macs)
     target = sources.device(device)
-    splits = zoo.load_data(data, batch_size=batch_size, seed=seed, limit=limit, workers=workers)
-    dense = sources.load_model(model, weights, len(splits.classes)).to(target)
-    done = run(
-        dense,
-        splits,
-        budget,
-        out,
-        training=Training(epochs=epochs, optimizer=optimizer, lr=lr, schedule=schedule, warmup=warmup, ema=ema),
-        overwrite=overwrite,
-        seed=seed,
-        options={"model": model, "weights": str(weights) if weights else None, "data": data, "limit": limit},
-        progress=bar,
-        criterion=criterion,
-        implant_ratio=implant_ratio,
-        samples=samples,
-        draws=draws,
-        floor=floor,
-        round_to=round_to,
-        ignore=ignore or (),
-    )
+    with Bars() as bars:
+        splits = zoo.load_data(data, batch_size=batch_size, seed=seed, limit=limit, workers=workers)
+        dense = sources.load_model(model, weights, len(splits.classes)).to(target)
+        done = run(
+            dense,
+            splits,
+            budget,
+            out,
+            training=Training(epochs=epochs, optimizer=optimizer, lr=lr, schedule=schedule, warmup=warmup, ema=ema),
+            overwrite=overwrite,
+            seed=seed,
+            options={"model": model, "weights": str(weights) if weights else None, "data": data, "limit": limit},
+            progress=bars,
+            criterion=criterion,
+            implant_ratio=implant_ratio,
+            samples=samples,
+            draws=draws,
+            floor=floor,
+            round_to=round_to,
+            ignore=ignore or (),
+        )
     show(done)

@@ -37,21 +37,42 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="cyan")
 
 
-def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """The command line's `hap.types.Progress`: steps done, rate and time left, on standard error."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        yield from progress.track(items, total=total, description=description)
+class Bars:
+    """The command line's `hap.types.Progress`: a bar for each loop under way, on standard error.
+
+    All bars go when the block ends, also those of loops that were left early.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        task = self._progress.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
 
 
 def show(run: Run) -> None:

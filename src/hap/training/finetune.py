@@ -16,7 +16,7 @@ from hap.errors import HapError
 from hap.training.checks import check_names, check_numbers, check_reads, check_trainable
 from hap.training.evaluate import evaluate
 from hap.training.history import EpochRecord, History
-from hap.training.loop import Loop, Optimizer, make_optimizer
+from hap.training.loop import LEARNING_RATES, Loop, Optimizer, make_optimizer
 from hap.training.meter import length
 from hap.training.schedule import Schedule, factor
 from hap.training.weights import Average, Snapshot, trainable
@@ -35,7 +35,7 @@ def finetune(
     epochs: int = 1,
     validation: Iterable[Batch] | None = None,
     optimizer: Optimizer = "sgd",
-    lr: float = 0.02,
+    lr: float | None = None,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     schedule: Schedule = "cosine",
@@ -61,8 +61,8 @@ def finetune(
         loss: ``loss(outputs, batch)``, the mean over a batch; None means cross-entropy, or the model's own loss.
         epochs: passes over the training data; 0 only evaluates.
         validation: batches to choose by, and to evaluate before training and after each epoch. Not the test set.
-        optimizer: ``sgd``, or ``adamw``, which wants an `lr` some hundred times smaller.
-        lr: learning rate at its highest.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: learning rate at its highest; None: 0.02 for SGD (the paper's), 0.0005 for AdamW.
         momentum: SGD's momentum, or AdamW's first beta.
         weight_decay: for matrices and kernels only. Parameters with one axis or none (biases, norms) do not decay,
             as is common practice (He et al. 2019, arXiv 1812.01187, section 3.1).
@@ -83,6 +83,7 @@ def finetune(
         ("schedule", schedule, get_args(Schedule)),
         ("selection", select, get_args(Select)),
     )
+    lr = LEARNING_RATES[optimizer] if lr is None else lr
     check_numbers(epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay, warmup=warmup, ema=ema, clip=clip)
     check_reads("train_batches", train_batches, epochs)
     check_reads("validation", validation, epochs + 1)

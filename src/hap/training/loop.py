@@ -17,6 +17,8 @@ from hap.types import Progress
 
 Optimizer = Literal["sgd", "adamw"]
 
+LEARNING_RATES: dict[Optimizer, float] = {"sgd": 0.02, "adamw": 5e-4}  # SGD's is the paper's
+
 
 def make_optimizer(
     name: Optimizer, model: nn.Module, *, lr: float, momentum: float, weight_decay: float

@@ -1,0 +1,157 @@
+"""The command line, in this process; and one real interrupt of a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import hap
+from hap import zoo
+from hap.cli import app
+
+
+def invoke(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(zoo.build("digits-cnn").state_dict(), path)
+    return path
+
+
+def digits(out: Path, weights: Path, *more: str) -> tuple[int, str]:
+    """A quick `hap prune` on digits."""
+    common = ("--model", "zoo:digits-cnn", "--data", "digits", "--weights", weights, "--out", out)
+    return invoke("prune", *common, "--samples", "64", "--limit", "128", *more)
+
+
+@pytest.mark.parametrize("budget", ["--keep-params", "--keep-macs"])
+def test_prune(tmp_path: Path, weights: Path, budget: str) -> None:
+    code, text = digits(tmp_path / "run", weights, budget, "0.5", "--epochs", "1")
+    assert code == 0, text
+    for word in ("parameters", "MACs", "latency", "accuracy", "file size", "verified", "run directory"):
+        assert word in text
+    small, plan = hap.load(tmp_path / "run", zoo.build("digits-cnn"))
+    kept = plan.small.params / plan.dense.params if budget == "--keep-params" else plan.small.macs / plan.dense.macs
+    assert 0.495 <= kept <= 0.5
+    assert plan.implants
+
+
+def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0", "--implant-ratio", "0")
+    assert code == 0 and "no fine-tuning" in text
+    assert not hap.load(tmp_path / "run", zoo.build("digits-cnn"))[1].implants
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-params", "1.5"], "out of range"),
+        ([], "the budget is empty"),
+        (["--keep-params", "0.0001"], "cannot be reached"),
+        (["--keep-params", "0.5", "--criterion", "gate-fischer"], "did you mean 'gate-fisher'"),
+        (["--keep-params", "0.5", "--optimizer", "adam"], "did you mean 'adamw'"),
+        (["--keep-params", "0.5", "--model", "zoo:digit-cnn"], "did you mean 'digits-cnn'"),
+        (["--keep-params", "0.5", "--model", "somewhere"], "names no model"),
+        (["--keep-params", "0.5", "--data", "digit"], "did you mean 'digits'"),
+        (["--keep-params", "0.5", "--data", "cifar10:/nowhere"], "/nowhere"),
+        (["--keep-params", "0.5", "--weights", "/nowhere.safetensors"], "no weights at"),
+        (["--keep-params", "0.5", "--model", "zoo:resnet20"], "do not fit"),
+        (["--keep-params", "0.5", "--ignore", "conv9"], "unknown module to ignore"),
+        (["--keep-params", "0.5", "--device", "tpu9"], "no device"),
+    ],
+)
+def test_bad_input_exits_with_2_and_writes_nothing(
+    tmp_path: Path, weights: Path, arguments: list[str], message: str
+) -> None:
+    code, text = digits(tmp_path / "run", weights, *arguments)
+    assert code == 2, text
+    assert message in " ".join(text.split())
+    assert "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_needs_overwrite(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "old.txt").write_text("old")
+    code, text = digits(tmp_path, weights, "--keep-params", "0.5", "--epochs", "0")
+    assert code == 2 and "--overwrite" in text
+    assert (tmp_path / "old.txt").read_text() == "old"
+    code, text = digits(tmp_path, weights, "--keep-params", "0.5", "--epochs", "0", "--overwrite")
+    assert code == 0, text
+    assert not (tmp_path / "old.txt").exists() and (tmp_path / "plan.json").exists()
+
+
+def test_a_users_own_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.Linear(128, 10))\n"
+    )
+    model = f"{tmp_path / 'mine.py'}:build"
+    code, text = invoke(
+        "prune",
+        "--model",
+        model,
+        "--data",
+        "digits",
+        "--keep-params",
+        "0.5",
+        "--epochs",
+        "0",
+        "--out",
+        tmp_path / "run",
+    )
+    assert code == 0, text
+    code, text = invoke("prune", "--model", f"{tmp_path / 'mine.py'}:other", "--data", "digits", "--out", "x")
+    assert code == 2 and "other" in text or "budget" in text
+
+
+def test_inspect() -> None:
+    code, text = invoke("inspect", "--model", "zoo:resnet20", "--frozen")
+    assert code == 0
+    assert "layer1.0.conv1" in text and "269,722 parameters" in text and "the model's output" in " ".join(text.split())
+    assert invoke("inspect", "--model", "zoo:resnet20", "--input-shape", "big")[0] == 2
+
+
+def test_help_names_every_option() -> None:
+    code, text = invoke("prune", "--help")
+    assert code == 0
+    for option in ("--model", "--keep-params", "--keep-macs", "--implant-ratio", "--epochs", "--out", "--criterion"):
+        assert option in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_leaves_a_message_and_no_file(tmp_path: Path, weights: Path) -> None:
+    """A real SIGINT in the middle of fine-tuning."""
+    command = [sys.executable, "-m", "hap", "prune", "--model", "zoo:digits-cnn", "--weights", str(weights)]
+    command += ["--data", "digits", "--keep-params", "0.5", "--samples", "64", "--epochs", "100000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted: nothing was written" in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_never_seeds_the_callers_generator(tmp_path: Path, weights: Path) -> None:
+    before = torch.get_rng_state()
+    digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "1")
+    assert torch.equal(torch.get_rng_state(), before)
