@@ -28,6 +28,7 @@ from hap.zoo import DataSplits
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+BATCH = 32  # images in the larger input that is timed
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Run:
         comparison: the before/after table. Accuracy and loss are of the test set, read once.
         history: of the fine-tuning.
         as_cut: validation before fine-tuning, batch-norm statistics recalibrated.
-        latency: of the dense and the small model.
+        latency: by number of images in the input, of the dense and the small model.
         seconds: time of each stage.
         directory: where everything was written.
     """
@@ -130,7 +131,7 @@ class Run:
     comparison: Comparison
     history: History
     as_cut: Evaluation
-    latency: dict[str, Latency]
+    latency: dict[int, dict[str, Latency]]
     directory: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -202,31 +203,43 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     log.info("%s took %.1f s", stage, seconds[stage])
 
 
-def _latency(model: nn.Module, small: nn.Module, data: DataSplits, progress: Progress) -> dict[str, Latency]:
-    """One image at a time, as in deployment."""
-    images = next(iter(data.validation))[0][:1]
-    inputs = (to_device(images, device_of(model)),)
-    return _step(progress, "timing", lambda: measure_latency({"dense": model, "small": small}, inputs))
+def _latency(model: nn.Module, small: nn.Module, data: DataSplits, progress: Progress) -> dict[int, dict[str, Latency]]:
+    """One image, as in deployment, and a batch, where the work outweighs the calls."""
+    images = next(iter(data.validation))[0]
+    inputs = to_device(images.repeat(-(-BATCH // len(images)), 1, 1, 1)[:BATCH], device_of(model))
+    models = {"dense": model, "small": small}
+
+    def time_both() -> dict[int, dict[str, Latency]]:
+        return {count: measure_latency(models, (inputs[:count],)) for count in (1, BATCH)}
+
+    return _step(progress, "timing", time_both)
 
 
 def _compare(
-    model: nn.Module, result: Result, before: Evaluation, after: Evaluation, latency: dict[str, Latency]
+    model: nn.Module,
+    result: Result,
+    before: Evaluation,
+    after: Evaluation,
+    latency: dict[int, dict[str, Latency]],
 ) -> Comparison:
-    plan, dense, small = result.plan, latency["dense"], latency["small"]
+    plan, one, many = result.plan, latency[1], latency[BATCH]
     return table(
         {
             "params": (plan.dense.params, plan.small.params),
             "macs": (plan.dense.macs, plan.small.macs),
-            "latency_ms": (
-                Measured(dense.median, (dense.high - dense.low) / 2),
-                Measured(small.median, (small.high - small.low) / 2),
-            ),
+            "latency_ms": (_measured(one["dense"]), _measured(one["small"])),
+            "batch_latency_ms": (_measured(many["dense"]), _measured(many["small"])),
             "bytes": (stored_bytes(model), stored_bytes(result.model)),
             "accuracy": (before.accuracy, after.accuracy),
             "loss": (before.loss, after.loss),
         },
-        ratios={"latency_ms": small.ratio},
+        ratios={"latency_ms": one["small"].ratio, "batch_latency_ms": many["small"].ratio},
     )
+
+
+def _measured(latency: Latency) -> Measured:
+    """The median and half the distance of the quartiles."""
+    return Measured(latency.median, (latency.high - latency.low) / 2)
 
 
 def _write(done: Run, model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
@@ -259,7 +272,10 @@ def _report(done: Run, model: nn.Module, options: dict[str, Any]) -> dict[str, A
         "verification": dataclasses.asdict(result.verification),
         "as_cut": dataclasses.asdict(done.as_cut),
         "history": done.history.to_dict(),
-        "latency": {name: dataclasses.asdict(found) for name, found in done.latency.items()},
+        "latency": {
+            count: {name: dataclasses.asdict(found) for name, found in models.items()}
+            for count, models in done.latency.items()
+        },
         "seconds": done.seconds,
         "sensitivity": {
             name: {"scores": score.tolist(), "stderr": sensitivity.stderr[name].tolist()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,37 +33,31 @@ def fresh_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
     Raises:
         HapError: `directory` exists and `overwrite` is False, or the disk is full or read-only.
     """
-    directory = directory.absolute()
+    directory = directory.resolve()  # through a link, so that the link stays one
     refuse_existing(directory, overwrite)
-    staging: Path | None = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        staging.chmod(0o755)
-        yield staging
-        _swap(staging, directory)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{directory.name}-", dir=directory.parent, ignore_cleanup_errors=True
+        ) as place:
+            fresh = Path(place, "new")
+            fresh.mkdir()  # not `place` itself, which is for its owner alone
+            yield fresh
+            _swap(fresh, directory, Path(place, "old"))
     except OSError as error:
         raise disk_error(directory, error) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _swap(staging: Path, directory: Path) -> None:
-    """Puts the new directory in place; the old one is deleted only after that."""
-    old = None
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-        os.replace(directory, old / "old")
+def _swap(fresh: Path, directory: Path, old: Path) -> None:
+    """Puts the new directory in place of what stood there, which goes to `old`; or leaves all as it was."""
     try:
-        os.replace(staging, directory)
-    except OSError:
-        if old is not None:
-            os.replace(old / "old", directory)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(fresh, directory)
+    except BaseException:  # also an interrupt in between
+        if old.exists() and not directory.exists():
+            os.replace(old, directory)
         raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def disk_error(path: Path, error: OSError) -> HapError:

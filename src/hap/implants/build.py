@@ -32,10 +32,8 @@ def build(
     block = conv.out_channels // conv.groups if conv.groups > 1 else 0
     dense = None
     if large:
-        rows = torch.tensor(large, device=device)
-        dense = _like(
-            conv, len(large), block, weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
-        )
+        # indexing keeps the memory format, which index_select does not
+        dense = _like(conv, len(large), block, weight[large], None if bias is None else bias[large])
     implant = _like(conv, len(small), block, fitted.weight, fitted.bias, pointwise=True)
     return ImplantedConv(
         dense,

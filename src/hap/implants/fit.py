@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap.batches import Batch, evaluating, forward
+from hap.errors import HapError
 from hap.implants.pointwise import centre, shifted, shifts
 
-RIDGE = 1e-6  # of the mean input energy: keeps the system solvable where inputs are dead or doubled
+RIDGE = 1e-6  # of the mean input energy: decides for the centre taps where inputs are dead or doubled
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,13 @@ def least_squares(model: nn.Module, targets: Mapping[str, Target], batches: Iter
 
     Minimises ``E |y - W u - b|^2`` over the calibration data, where y is the dense filters' response
     and u the input at the centre tap. One forward pass a batch; per layer only two moment matrices
-    are kept. Without a bias in the dense layer there is none in the implant.
+    are kept. Without a bias in the dense layer there is none in the implant. A weak pull towards the
+    centre taps settles what the data leave open; the result is never worse on them than the centre taps.
+
+    Raises:
+        HapError: a convolution's inputs or outputs are not finite.
     """
-    moments = {name: _Moments(model.get_submodule(name), target) for name, target in targets.items()}
+    moments = {name: _Moments(name, model.get_submodule(name), target) for name, target in targets.items()}
     with evaluating(model), _watching(model, moments), torch.no_grad():
         for batch in batches:
             forward(model, batch)
@@ -64,8 +69,9 @@ def least_squares(model: nn.Module, targets: Mapping[str, Target], batches: Iter
 class _Moments:
     """Sums of ``u u'`` and ``u y'`` for one convolution, per group, in float64."""
 
-    def __init__(self, conv: nn.Module, target: Target) -> None:
+    def __init__(self, name: str, conv: nn.Module, target: Target) -> None:
         assert isinstance(conv, _ConvNd)
+        self.name = name
         self.conv = conv
         self.target = target
         device = conv.weight.device
@@ -79,8 +85,11 @@ class _Moments:
             len(self.groups), width, len(target.rows) // len(self.groups), dtype=torch.float64, device=device
         )
 
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
-        conv, (x,) = self.conv, args
+    def __call__(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], y: torch.Tensor
+    ) -> None:
+        conv, x = self.conv, args[0] if args else kwargs["input"]
+        x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))  # sums overflow a half
         x = shifted(x, shifts(conv), conv.padding_mode)
         steps = [slice(None, None, s) for s in conv.stride]
         x = x[(slice(None), slice(None), *steps)]
@@ -95,19 +104,35 @@ class _Moments:
         self.uy += (u @ y.mT).double()
 
     def solve(self) -> Fitted:
-        width = self.uu.shape[-1]
+        if not (self.uu.isfinite().all() and self.uy.isfinite().all()):
+            raise HapError(
+                f"{self.name} cannot be fitted: its inputs or outputs are not finite",
+                expected="finite activations on the calibration data",
+                remedy="check inputs and weights for NaN or overflow",
+            )
+        width, bias = self.uu.shape[-1], self.conv.bias is not None
         energy = self.uu.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
-        eye = torch.eye(width, dtype=torch.float64, device=self.uu.device)
-        solution = torch.linalg.solve(self.uu + RIDGE * energy * eye, self.uy)  # (groups, width, rows)
-        solution = solution.mT.reshape(len(self.target.rows), width).to(self.conv.weight.dtype)
+        ridge = RIDGE * energy * torch.eye(width, dtype=torch.float64, device=self.uu.device)
+        solution = torch.linalg.solve(self.uu + ridge, self.uy + ridge @ self._start())  # (groups, width, rows)
+        solution = solution.mT.reshape(-1, width).to(self.conv.weight.dtype)
         columns = len(self.target.columns)
         weight = solution[:, :columns].reshape(-1, columns, *[1] * len(self.conv.kernel_size))
-        return Fitted(weight.contiguous(), solution[:, columns].clone() if self.conv.bias is not None else None)
+        return Fitted(weight.contiguous(), solution[:, columns].clone() if bias else None)
+
+    def _start(self) -> torch.Tensor:
+        """The centre taps and biases, shaped as the solution."""
+        taps = centre_taps(self.conv, self.target)
+        start = taps.weight.flatten(1)
+        if taps.bias is not None:
+            start = torch.cat([start, taps.bias[:, None]], dim=1)
+        return start.double().reshape(len(self.groups), -1, start.shape[1]).mT
 
 
 @contextmanager
 def _watching(model: nn.Module, moments: Mapping[str, _Moments]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_hook(found) for name, found in moments.items()]
+    handles = [
+        model.get_submodule(name).register_forward_hook(found, with_kwargs=True) for name, found in moments.items()
+    ]
     try:
         yield
     finally:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hap.errors import HapError
 from hap.types import IGNORED, Family, Layer, Sensitivity, Structure
 
 _IMPLANTABLE = ("Conv1d", "Conv2d", "Conv3d")
+
+_Row = tuple[float, int, int, int]  # score, family, unit, layer
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,19 @@ class Candidates:
 
 
 def implantable(structure: Structure) -> tuple[Layer, ...]:
-    """The layers whose filters can be replaced by pointwise ones: convolutions larger than 1."""
+    """The layers whose filters can be replaced by pointwise ones: convolutions larger than 1.
+
+    A convolution without a weight of its own shares another's, and to implant that one would leave
+    this one as large as it was. Which one it is is not on record, so none of its kind is implanted.
+    """
     ignored = {f.parameter for f in structure.frozen if f.reason == IGNORED}
+    tied = {kind for name, kind in structure.modules.items() if f"{name}.weight".lstrip(".") not in structure.tensors}
     return tuple(
         layer
         for layer in structure.layers
         if math.prod(layer.kernel) > 1
         and structure.modules.get(layer.module) in _IMPLANTABLE
+        and structure.modules[layer.module] not in tied
         and layer.module
         and layer.weight not in ignored
         and _whole_groups(structure, layer)
@@ -74,49 +84,50 @@ def candidates(
     """
     families = tuple(f for f in structure.families if f.exact or inexact)
     layers = implantable(structure) if with_implants else ()
-    scores, rows = [], []
+    rows = [*_units(families, sensitivity, floor), *_filters(families, layers, sensitivity)]
+    rows.sort(key=lambda row: row[0])  # stable: ties stay in the order of the forward pass
+    table = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
+    score = np.array([row[0] for row in rows], dtype=np.float64)
+    return Candidates(score, table[:, 0], table[:, 1], table[:, 2], families, layers, _implants(families, layers))
+
+
+def _units(families: tuple[Family, ...], sensitivity: Sensitivity, floor: int) -> Iterator[_Row]:
     for i, family in enumerate(families):
-        score = _checked(sensitivity, family.name, family.size)
-        order = np.argsort(score, kind="stable")
-        for unit in order[: max(0, family.size - floor)]:
-            scores.append(score[unit])
-            rows.append((i, int(unit), -1))
-    alone = {layer.weight: _replaceable(families, layer) for layer in layers}
+        score = _checked(sensitivity, sensitivity.scores, family.name, family.size)
+        for unit in np.argsort(score, kind="stable")[: max(0, family.size - floor)].tolist():
+            yield float(score[unit]), i, unit, -1
+
+
+def _filters(families: tuple[Family, ...], layers: tuple[Layer, ...], sensitivity: Sensitivity) -> Iterator[_Row]:
     for k, layer in enumerate(layers):
-        filters = sensitivity.filters.get(layer.module)
-        if filters is None:
+        if layer.module not in sensitivity.filters:
             continue
-        step = block(layer)
+        score = _checked(sensitivity, sensitivity.filters, layer.module, layer.filters)
+        replaceable, step = _replaceable(families, layer), block(layer)
         for first in range(0, layer.filters, step):
-            if first not in alone[layer.weight]:
-                scores.append(float(filters[first : first + step].sum()))
-                rows.append((-1, first, k))
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    score = np.array(scores, dtype=np.float64)
-    if not np.isfinite(score).all():
-        raise HapError(
-            f"{sensitivity.criterion} gave scores that are not finite",
-            expected="finite numbers",
-            got=f"{int((~np.isfinite(score)).sum())} of {len(score)} are NaN or infinite",
-            remedy="check the calibration data and the model's weights",
-        )
-    order = np.argsort(score, kind="stable")
-    table = table[order]
-    return Candidates(
-        score[order], table[:, 0], table[:, 1], table[:, 2], families, layers, _implants(families, layers)
-    )
+            if first not in replaceable:
+                yield float(score[first : first + step].sum()), -1, first, k
 
 
-def _checked(sensitivity: Sensitivity, name: str, size: int) -> np.ndarray:
-    score = sensitivity.scores.get(name)
-    if score is None or tuple(score.shape) != (size,):
+def _checked(sensitivity: Sensitivity, values: Mapping[str, torch.Tensor], name: str, size: int) -> np.ndarray:
+    value = values.get(name)
+    if value is None or tuple(value.shape) != (size,):
         raise HapError(
-            f"the sensitivity does not fit the structure at family {name!r}",
+            f"the sensitivity does not fit the structure at {name!r}",
             expected=f"scores of shape ({size},)",
-            got="none" if score is None else f"shape {tuple(score.shape)}",
+            got="none" if value is None else f"shape {tuple(value.shape)}",
             remedy="measure again with this structure",
         )
-    return score.double().cpu().numpy()
+    score = value.detach().double().cpu().numpy()
+    bad = int((~np.isfinite(score)).sum())
+    if bad:
+        raise HapError(
+            f"{sensitivity.criterion} gave scores that are not finite at {name!r}",
+            expected="finite numbers",
+            got=f"{bad} of {size} are NaN or infinite",
+            remedy="check the calibration data and the model's weights",
+        )
+    return score
 
 
 def _producers(family: Family, layer: Layer) -> list[tuple[tuple[int, ...], ...]]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from hap.errors import HapError
-from hap.planning.candidates import Candidates, block, candidates
+from hap.planning.candidates import candidates
 from hap.planning.cost import POINTWISE, CostModel
 from hap.planning.plan import Decision, Implant, Plan
+from hap.planning.rule import Choice, Rule
 from hap.types import Budget, Cost, Sensitivity, Structure
 
 TOLERANCE = 0.01  # of the budget: how far under it a plan may land
@@ -48,7 +49,7 @@ def decide(
     _check(structure, implant_ratio, floor, round_to, inexact)
     ranked = candidates(structure, sensitivity, with_implants=implant_ratio > 0, floor=floor, inexact=inexact)
     cost = CostModel(structure)
-    rule = _Rule(ranked, implant_ratio, round_to)
+    rule = Rule(ranked, implant_ratio, round_to)
     choice = _search(rule, cost, budget)
     return Plan(
         structure=structure,
@@ -69,93 +70,7 @@ def decide(
     )
 
 
-class _Choice:
-    """What happens to every unit (masks by family) and filter (rows by module)."""
-
-    def __init__(self, pruned: Mapping[str, np.ndarray], implanted: Mapping[str, list[int]]) -> None:
-        self.pruned = pruned
-        self.implanted = implanted
-
-    def cost(self, model: CostModel) -> Cost:
-        return model(self.pruned, {module: len(rows) for module, rows in self.implanted.items()})
-
-
-class _Rule:
-    """The paper's rule as a function of n, the number of candidates that do not stay as they are.
-
-    A candidate only ever goes from kept to implanted to pruned as n grows, so that the cost falls
-    with n and the budget can be found by bisection.
-    """
-
-    def __init__(self, ranked: Candidates, implant_ratio: float, round_to: int) -> None:
-        self.ranked = ranked
-        self.ratio = implant_ratio
-        self.round_to = round_to
-        self.excluded: set[int] = set()
-        self._active = np.arange(len(ranked))
-
-    def __len__(self) -> int:
-        return len(self._active)
-
-    def exclude(self, candidate: int) -> None:
-        """Keeps this candidate whatever n is."""
-        self.excluded.add(candidate)
-        self._active = np.array([i for i in range(len(self.ranked)) if i not in self.excluded], dtype=np.int64)
-
-    def last_moves(self, n: int) -> list[int]:
-        """The candidates whose state differs between n - 1 and n."""
-        moved = [self._low(n) - 1] if self._low(n) > self._low(n - 1) else []
-        return [int(self._active[i]) for i in {*moved, n - 1}]
-
-    def _low(self, n: int) -> int:
-        return n - math.ceil(self.ratio * n - 1e-9)
-
-    def __call__(self, n: int) -> _Choice:
-        ranked, low = self.ranked, self._low(n)
-        pruned = {f.name: np.zeros(f.size, dtype=bool) for f in ranked.families}
-        implant_units: list[tuple[int, int]] = []
-        filters: list[tuple[int, int]] = []
-        for position, i in enumerate(self._active[:n].tolist()):
-            family, unit, layer = int(ranked.family[i]), int(ranked.unit[i]), int(ranked.layer[i])
-            if layer >= 0:
-                filters.append((layer, unit))
-            elif position >= low and ranked.implants[family]:
-                implant_units.append((family, unit))
-            else:
-                pruned[ranked.families[family].name][unit] = True
-        self._round(pruned)
-        return _Choice(pruned, self._implanted(pruned, implant_units, filters))
-
-    def _round(self, pruned: dict[str, np.ndarray]) -> None:
-        """Takes back the most sensitive pruned units of a family until its width is a multiple."""
-        if self.round_to == 1:
-            return
-        names = [f.name for f in self.ranked.families]
-        for i in reversed(self._active.tolist()):
-            if self.ranked.layer[i] < 0:
-                mask = pruned[names[self.ranked.family[i]]]
-                if mask[self.ranked.unit[i]] and (len(mask) - mask.sum()) % self.round_to:
-                    mask[self.ranked.unit[i]] = False
-
-    def _implanted(
-        self, pruned: dict[str, np.ndarray], units: list[tuple[int, int]], filters: list[tuple[int, int]]
-    ) -> dict[str, list[int]]:
-        ranked = self.ranked
-        rows: dict[int, set[int]] = {}
-        for family, unit in units:
-            for layer, indices in ranked.implants[family].items():
-                rows.setdefault(layer, set()).update(indices[unit])
-        for layer, first in filters:
-            rows.setdefault(layer, set()).update(range(first, first + block(ranked.layers[layer])))
-        for layer, found in rows.items():
-            for family, by_layer in ranked.implants.items():
-                mask = pruned[ranked.families[family].name]
-                for gone in np.flatnonzero(mask).tolist() if layer in by_layer else ():
-                    found.difference_update(by_layer[layer][gone])
-        return {ranked.layers[layer].module: sorted(found) for layer, found in rows.items()}
-
-
-def _search(rule: _Rule, cost: CostModel, budget: Budget) -> _Choice:
+def _search(rule: Rule, cost: CostModel, budget: Budget) -> Choice:
     """The plan of the smallest n that meets the budget.
 
     Where one step jumps over the last percent (a unit that many layers share), that candidate is
@@ -165,11 +80,14 @@ def _search(rule: _Rule, cost: CostModel, budget: Budget) -> _Choice:
     if _used(lowest, cost.dense, budget) > 1:
         raise HapError(
             "the budget cannot be reached",
-            expected=", ".join(f"{k} kept >= {v:.4f}" for k, v in _fractions(lowest, cost.dense).items()),
-            got=", ".join(f"{k} {getattr(budget, k)}" for k in ("params", "macs") if getattr(budget, k) is not None),
-            remedy="ask for less, lower the floor, use implants, or include inexact families",
+            # rounded up, so that to ask for what is written here works
+            expected=", ".join(
+                f"{k} kept >= {math.ceil(v * 1e4) / 1e4:.4f}" for k, v in _fractions(lowest, cost.dense).items()
+            ),
+            got=", ".join(f"{k} {v}" for k, v in _limits(budget).items()),
+            remedy="keep more, change implant_ratio, lower floor or round_to, or include inexact families",
         )
-    best: tuple[float, _Choice] | None = None
+    best: tuple[float, Choice] | None = None
     for _ in range(64):
         n = _bisect(rule, cost, budget)
         choice = rule(n)
@@ -180,23 +98,23 @@ def _search(rule: _Rule, cost: CostModel, budget: Budget) -> _Choice:
             best = (used, choice)
         if used >= 1 - TOLERANCE or n == 0:
             break
-        rule.exclude(max(rule.last_moves(n), key=lambda i: _effect(rule, cost, i)))
+        rule.exclude(max(rule.last_moves(n), key=lambda i: _effect(rule, cost, budget, i)))
     assert best is not None
     return best[1]
 
 
-def _effect(rule: _Rule, cost: CostModel, candidate: int) -> int:
-    """Parameters that one unit's removal alone saves; filters save little."""
+def _effect(rule: Rule, cost: CostModel, budget: Budget, candidate: int) -> float:
+    """The share of the budget that one unit's removal alone saves; filters save little."""
     ranked = rule.ranked
     if ranked.layer[candidate] >= 0:
-        return 0
+        return 0.0
     family = ranked.families[ranked.family[candidate]]
     mask = np.zeros(family.size, dtype=bool)
     mask[ranked.unit[candidate]] = True
-    return cost.dense.params - cost({family.name: mask}, {}).params
+    return _used(cost.dense, cost.dense, budget) - _used(cost({family.name: mask}, {}), cost.dense, budget)
 
 
-def _bisect(rule: _Rule, cost: CostModel, budget: Budget) -> int:
+def _bisect(rule: Rule, cost: CostModel, budget: Budget) -> int:
     low, high = 0, len(rule)
     while low < high:
         middle = (low + high) // 2
@@ -211,11 +129,14 @@ def _fractions(cost: Cost, dense: Cost) -> dict[str, float]:
     return {"params": cost.params / dense.params, "macs": cost.macs / max(1, dense.macs)}
 
 
+def _limits(budget: Budget) -> dict[str, float]:
+    return {k: v for k, v in (("params", budget.params), ("macs", budget.macs)) if v is not None}
+
+
 def _used(cost: Cost, dense: Cost, budget: Budget) -> float:
     """The largest share of a budget that is used; over 1 breaks it."""
     fractions = _fractions(cost, dense)
-    limits = {"params": budget.params, "macs": budget.macs}
-    return max(fractions[k] / limit for k, limit in limits.items() if limit is not None)
+    return max(fractions[k] / limit for k, limit in _limits(budget).items())
 
 
 def _decisions(structure: Structure, pruned: Mapping[str, np.ndarray]) -> dict[str, Decision]:

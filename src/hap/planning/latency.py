@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from hap.batches import device_of, evaluating
+from hap.errors import HapError
+
+WARMUP, LEAST = 3, 5  # untimed turns, and the fewest timed ones
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,37 @@ class Latency:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], args: tuple[Any, ...], *, runs: int = 30, warmup: int = 5
+    models: Mapping[str, nn.Module], args: tuple[Any, ...], *, runs: int = 50, seconds: float = 5.0
 ) -> dict[str, Latency]:
     """Times each model's forward pass on the same inputs, the models taking turns.
 
     Args:
         models: name -> model, all on the device of `args`; in evaluation mode while timed.
         args: positional inputs.
-        runs: timed turns, at least 2.
-        warmup: turns before the first timed one.
+        runs: timed turns at most, after some untimed ones to warm up.
+        seconds: no new turn starts after so long, but at least 5 are timed.
 
     Returns:
         For each name its `Latency`.
+
+    Raises:
+        HapError: there is no model, or there are fewer than 2 runs.
     """
+    if runs < 2 or not models:
+        raise HapError(
+            "there is too little to time",
+            expected="at least one model and 2 runs",
+            got=f"{len(models)} models, {runs} runs",
+        )
     times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(warmup + runs):
+    end = time.perf_counter() + seconds
+    for turn in range(-WARMUP, runs):
+        if turn >= LEAST and time.perf_counter() > end:
+            break
         for name, model in models.items():
             with evaluating(model), torch.inference_mode():
                 elapsed = _time(model, args)
-            if turn >= warmup:
+            if turn >= 0:
                 times[name].append(elapsed)
     first = next(iter(times.values()))
     return {name: _summary(found, first) for name, found in times.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hap.errors import HapError
+from hap.planning.cost import POINTWISE
 from hap.types import Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
 
 SCHEMA = 1
@@ -81,7 +82,7 @@ class Plan:
         try:
             data = json.loads(text)
             schema = data["schema"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HapError(
                 "this is not a plan",
                 expected=f"JSON with a schema version, as Plan.to_json writes it (version {SCHEMA})",
@@ -96,14 +97,16 @@ class Plan:
                 remedy="read it with the version of hap that wrote it",
             )
         try:
-            return _plan(data)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            plan = _plan(data)
+            _check(plan)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise HapError(
                 "this plan is damaged",
                 expected="every field of hap.Plan",
                 got=f"{type(error).__name__}: {error}",
                 remedy="make the plan again, or fetch the file again",
             ) from error
+        return plan
 
 
 def _plan(data: dict[str, Any]) -> Plan:
@@ -135,6 +138,27 @@ def _plan(data: dict[str, Any]) -> Plan:
         small=Cost(**data["small"]),
         options=data["options"],
     )
+
+
+def _check(plan: Plan) -> None:
+    """Raises a ValueError or KeyError if the plan could not be replayed on its own structure."""
+    structure, lost = plan.structure, set()
+    for family in structure.families:
+        decision = plan.decisions[family.name]
+        if sorted((*decision.keep, *decision.prune)) != list(range(family.size)):
+            raise ValueError(f"the decision on {family.name!r} does not name each of its units once")
+        for member in family.members:
+            length = structure.tensors[member.parameter].shape[member.axis]
+            if not {i for unit in member.indices for i in unit} <= set(range(length)):
+                raise ValueError(f"{family.name!r} lies outside of {member.parameter!r}")
+            lost |= {(member.parameter, member.axis, i) for u in decision.prune for i in member.indices[u]}
+    for module, implant in plan.implants.items():
+        layer = structure.layer(module)
+        if implant.form != POINTWISE:
+            raise ValueError(f"{module!r} has an implant of unknown form {implant.form!r}")
+        left = {i for i in range(layer.filters) if (layer.weight, layer.output_axis, i) not in lost}
+        if not left.issuperset(implant.indices):
+            raise ValueError(f"{module!r} has implants for filters that are pruned or that it has not")
 
 
 def _member(data: dict[str, Any]) -> Member:

@@ -9,12 +9,13 @@ from typing import Literal, get_args
 
 from hap.errors import HapError, unknown
 
-Quantity = Literal["params", "macs", "latency_ms", "bytes", "accuracy", "loss"]
+Quantity = Literal["params", "macs", "latency_ms", "batch_latency_ms", "bytes", "accuracy", "loss"]
 
 _LABELS: dict[Quantity, str] = {
     "params": "parameters",
     "macs": "MACs",
-    "latency_ms": "latency",
+    "latency_ms": "latency, 1 image",
+    "batch_latency_ms": "latency, 32 images",
     "bytes": "file size",
     "accuracy": "accuracy",
     "loss": "loss",
@@ -145,7 +146,7 @@ def _format(quantity: Quantity, value: float) -> tuple[float, int, str]:
         return 0.01, 2, "%"
     if quantity == "loss":
         return 1.0, 3, ""
-    if quantity == "latency_ms":
+    if quantity in ("latency_ms", "batch_latency_ms"):
         return 1.0, _digits(value), "ms"
     prefixes = ["", "k", "M", "G", "T"]
     thousands = min(int(math.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0

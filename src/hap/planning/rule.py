@@ -1,0 +1,102 @@
+"""The paper's rule: which candidates are implanted and which are pruned when n of them must go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from hap.planning.candidates import Candidates, block
+from hap.planning.cost import CostModel
+from hap.types import Cost
+
+
+class Choice:
+    """What happens to every unit (masks by family) and filter (rows by module)."""
+
+    def __init__(self, pruned: Mapping[str, np.ndarray], implanted: Mapping[str, list[int]]) -> None:
+        self.pruned = pruned
+        self.implanted = implanted
+
+    def cost(self, model: CostModel) -> Cost:
+        return model(self.pruned, {module: len(rows) for module, rows in self.implanted.items()})
+
+
+class Rule:
+    """The paper's rule as a function of n, the number of candidates that do not stay as they are.
+
+    A candidate only ever goes from kept to implanted to pruned as n grows, so that the cost falls
+    with n and the budget can be found by bisection.
+    """
+
+    def __init__(self, ranked: Candidates, implant_ratio: float, round_to: int) -> None:
+        self.ranked = ranked
+        self.ratio = implant_ratio
+        self.round_to = round_to
+        self.excluded: set[int] = set()
+        self._active = np.arange(len(ranked))
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def exclude(self, candidate: int) -> None:
+        """Keeps this candidate whatever n is."""
+        self.excluded.add(candidate)
+        self._active = np.array([i for i in range(len(self.ranked)) if i not in self.excluded], dtype=np.int64)
+
+    def last_moves(self, n: int) -> list[int]:
+        """The candidates whose state differs between n - 1 and n."""
+        moved = [self._low(n) - 1] if self._low(n) > self._low(n - 1) else []
+        return [int(self._active[i]) for i in {*moved, n - 1}]
+
+    def _low(self, n: int) -> int:
+        return n - math.ceil(self.ratio * n - 1e-9)
+
+    def __call__(self, n: int) -> Choice:
+        ranked, low = self.ranked, self._low(n)
+        pruned = {f.name: np.zeros(f.size, dtype=bool) for f in ranked.families}
+        units: list[tuple[int, int]] = []
+        filters: list[tuple[int, int]] = []
+        for position, i in enumerate(self._active[:n].tolist()):
+            family, unit, layer = int(ranked.family[i]), int(ranked.unit[i]), int(ranked.layer[i])
+            if layer >= 0:
+                filters.append((layer, unit))
+                continue
+            units.append((family, unit))
+            if position < low or not ranked.implants[family]:
+                pruned[ranked.families[family].name][unit] = True
+        self._round(pruned)
+        return Choice(pruned, self._implanted(pruned, units, filters))
+
+    def _round(self, pruned: dict[str, np.ndarray]) -> None:
+        """Takes back the most sensitive pruned units of a family until its width is a multiple."""
+        if self.round_to == 1:
+            return
+        names = [f.name for f in self.ranked.families]
+        for i in reversed(self._active.tolist()):
+            if self.ranked.layer[i] < 0:
+                mask = pruned[names[self.ranked.family[i]]]
+                if mask[self.ranked.unit[i]] and (len(mask) - mask.sum()) % self.round_to:
+                    mask[self.ranked.unit[i]] = False
+
+    def _implanted(
+        self, pruned: dict[str, np.ndarray], units: list[tuple[int, int]], filters: list[tuple[int, int]]
+    ) -> dict[str, list[int]]:
+        """The filters of `units` and `filters` by module, less those that pruning took away.
+
+        A unit that rounding took back is among them: it was implanted for a smaller n.
+        """
+        ranked = self.ranked
+        rows: dict[int, set[int]] = {}
+        for family, unit in units:
+            for layer, indices in ranked.implants[family].items():
+                rows.setdefault(layer, set()).update(indices[unit])
+        for layer, first in filters:
+            rows.setdefault(layer, set()).update(range(first, first + block(ranked.layers[layer])))
+        for layer, found in rows.items():
+            for family, by_layer in ranked.implants.items():
+                mask = pruned[ranked.families[family].name]
+                for gone in np.flatnonzero(mask).tolist() if layer in by_layer else ():
+                    found.difference_update(by_layer[layer][gone])
+        return {ranked.layers[layer].module: sorted(found) for layer, found in rows.items()}
