@@ -103,7 +103,8 @@ class Layer:
         groups: number of convolution groups.
         transposed: a transposed convolution.
         positions: how often each weight element is multiplied for one sample, so that the layer
-            costs ``positions * weight.numel()`` multiply-accumulates (MACs) whatever its width.
+            costs ``positions * weight.numel()`` multiply-accumulates (MACs) whatever its width;
+            0 for a layer of auxiliary parts that only training mode calls.
     """
 
     module: str

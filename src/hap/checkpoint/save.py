@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -75,10 +73,8 @@ def write(
         HapError: the tensors cannot be written.
         OSError: the other files cannot be written; `fresh_directory` makes a HapError of it.
     """
-    text = plan.to_json()
     try:
-        # one key only: safetensors writes several in random order, and the same model would give other bytes
-        save_model(small, str(directory / MODEL), metadata={"plan": _digest(text)})
+        save_model(small, str(directory / MODEL))
     except SafetensorError as error:  # what safetensors makes of an OSError
         raise HapError(
             f"could not write {MODEL}",
@@ -86,14 +82,9 @@ def write(
             got=str(error),
             remedy="free some space, or choose another disk",
         ) from error
-    (directory / PLAN).write_text(text, encoding="utf-8")
+    (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
     (directory / CARD).write_text(card(plan, versions(), results or {}), encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
-
-
-def _digest(plan: str) -> str:
-    """SHA-256 of a plan's JSON: ties the tensors to the plan that they were saved with."""
-    return hashlib.sha256(plan.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -127,27 +118,11 @@ def load(directory: str | Path, model: nn.Module) -> tuple[nn.Module, Plan]:
         HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan.
     """
     directory = Path(directory)
-    text = _plan_text(directory)
-    plan = Plan.from_json(text)
-    path = directory / MODEL
-    with _reading(path), safe_open(path, framework="pt") as file:
-        made_by = (file.metadata() or {}).get("plan")
-    if made_by != _digest(text):
-        raise _misfit(path, f"a plan with SHA-256 {_digest(text)[:12]}", f"tensors made by {str(made_by)[:12]}")
+    plan = read_plan(directory)
     small = apply_(copy.deepcopy(model), plan)
-    with _reading(path):
-        missing, unexpected = load_model(small, path, strict=False)
-    if missing or unexpected:
-        got = f"missing {sorted(missing)[:4]}, unexpected {sorted(unexpected)[:4]}"
-        raise _misfit(path, "exactly the tensors of the pruned model", got)
-    return small, plan
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Makes a HapError of what goes wrong when tensors are read."""
+    path = directory / MODEL
     try:
-        yield
+        missing, unexpected = load_model(small, path, strict=False)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise HapError(
             f"{path} cannot be read",
@@ -155,18 +130,18 @@ def _reading(path: Path) -> Iterator[None]:
             got=" ".join(str(error).split())[:200],
             remedy="the file is damaged, cut short or of another model; fetch or save it again",
         ) from error
+    if missing or unexpected:
+        raise HapError(
+            f"{path} does not fit its plan",
+            expected="exactly the tensors of the pruned model",
+            got=f"missing {sorted(missing)[:4]}, unexpected {sorted(unexpected)[:4]}",
+            remedy=f"{MODEL} and {PLAN} must come from the same run",
+        )
+    return small, plan
 
 
-def _misfit(path: Path, expected: str, got: str) -> HapError:
-    return HapError(
-        f"{path} does not fit its plan",
-        expected=expected,
-        got=got,
-        remedy=f"{MODEL} and {PLAN} must come from the same run, unchanged",
-    )
-
-
-def _plan_text(directory: Path) -> str:
+def read_plan(directory: Path) -> Plan:
+    """The plan in a checkpoint directory."""
     for name in (PLAN, MODEL):
         if not (directory / name).is_file():
             raise HapError(
@@ -176,7 +151,7 @@ def _plan_text(directory: Path) -> str:
                 remedy="pass a directory that hap.save or `hap prune --out` wrote",
             )
     try:
-        return (directory / PLAN).read_text(encoding="utf-8")
+        text = (directory / PLAN).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise HapError(
             f"{directory / PLAN} cannot be read",
@@ -184,3 +159,4 @@ def _plan_text(directory: Path) -> str:
             got=str(error),
             remedy="check its permissions, or fetch or save it again",
         ) from error
+    return Plan.from_json(text)

@@ -93,7 +93,8 @@ class Gates:
             for tap in overwritten:
                 tap.copied = True
             return self.forward(batch)
-        uncalled = [tap for tap in self.inputs if not tap.called]
+        # A layer without positions is called in training mode only: here nothing is read through it.
+        uncalled = [tap for tap in self.inputs if not tap.called and tap.layer.positions]
         if uncalled:
             raise _not_followed(
                 [(name, tap.layer.module) for tap in uncalled for name in tap.families],

@@ -53,7 +53,8 @@ def implantable(structure: Structure) -> tuple[Layer, ...]:
     return tuple(
         layer
         for layer in structure.layers
-        if math.prod(layer.kernel) > 1
+        if layer.positions
+        and math.prod(layer.kernel) > 1
         and structure.modules.get(layer.module) in _IMPLANTABLE
         and structure.modules[layer.module] not in tied
         and layer.module

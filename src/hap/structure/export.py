@@ -58,6 +58,12 @@ def is_pointwise(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
+def caller(node: fx.Node) -> str:
+    """Name of the module whose forward calls the operator; a module called again has ``@n`` in its name."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0].partition("@")[0] if stack else ""
+
+
 def shapes(value: Any) -> Any:
     """The shape of a node's value: a tuple of ints, a list of them, or None if it is no tensor."""
     if isinstance(value, torch.Tensor):

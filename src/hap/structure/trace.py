@@ -55,11 +55,13 @@ def trace(
     kwargs = kwargs or {}
     units = Units()
     with evaluating(model):
-        calls = propagate(export(model, args, kwargs), units, _aliases(model)).layers
-        unread = [name for name, p in model.named_parameters() if p.ndim and not units.knows(name)]
+        calls = propagate(export(model, args, kwargs), units, model).layers
+        unread = [name for name, p in model.named_parameters() if not units.knows(name)]
         if unread:
-            calls += _training_calls(model, args, kwargs, units)
+            calls += _training_calls(model, args, kwargs, units, {call.weight for call in calls})
     units.settle_grids()
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    _freeze_inside(model, units, attentions, "nn.MultiheadAttention checks its own sizes")
     _ignore(model, units, ignore)
     found, frozen = families(units, {call.weight for call in calls if call.kernel})
     tensors, modules = describe(model)
@@ -68,35 +70,44 @@ def trace(
     )
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """From every name of a tied parameter or buffer to the first one."""
-    first: dict[int, str] = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in every}
-
-
 def _training_calls(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], units: Units
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], units: Units, known: set[str]
 ) -> list[Multiplication]:
-    """States the relations of the training graph; its layers cost nothing when the model is used."""
+    """States the relations of the training graph; returns the layers that are not `known` yet.
+
+    These cost nothing when the model is used, and nothing then tells how much their units matter:
+    they stay.
+    """
     model.train()
     try:
-        calls = propagate(export(model, args, kwargs), units, _aliases(model)).layers
+        calls = propagate(export(model, args, kwargs), units, model).layers
     except HapError as error:
         log.warning("parameters that only training mode reads stay as they are: %s", error.got)
         return []
-    return [dataclasses.replace(call, multiplications=0) for call in calls]
+    new = [dataclasses.replace(call, multiplications=0) for call in calls if call.weight not in known]
+    for call in new:
+        units.freeze(units.own(call.weight, call.output_axis, call.filters), "used in training mode only")
+    return new
 
 
 def _ignore(model: nn.Module, units: Units, patterns: Iterable[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hits: set[str] = set()
     for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            raise unknown("module to ignore", pattern, names)
-        for owner in units.owners.values():
-            if any(owner.tensor.startswith(f"{hit}." if hit else "") for hit in hits):
-                units.freeze(owner.ids, IGNORED)
+        found = fnmatch.filter(modules, pattern)
+        if not found:
+            raise unknown("module to ignore", pattern, modules)
+        hits.update(found)
+    _freeze_inside(model, units, [modules[hit] for hit in hits], IGNORED)
+
+
+def _freeze_inside(model: nn.Module, units: Units, modules: Iterable[nn.Module], reason: str) -> None:
+    """Freezes every tensor of these modules, under whatever name it is known."""
+    inside = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    names = {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) in inside}
+    for owner in units.owners.values():
+        if owner.tensor in names:
+            units.freeze(owner.ids, reason)
 
 
 def _unread(tensors: Mapping[str, TensorSpec], units: Units) -> list[Frozen]:

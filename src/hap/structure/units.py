@@ -46,21 +46,29 @@ class Units:
     def own(self, tensor: str, axis: int, size: int) -> Ids:
         """The ids of a tensor's axis; the same ones whenever it is asked for."""
         key = (tensor, axis)
-        self._tensors.add(tensor)
         if key not in self.owners:
             ids = self.fresh(size)
             self.owners[key] = Owner(tensor, axis, ids)
             self._owner_of[int(ids[0])] = key
         return self.owners[key].ids
 
+    def read(self, tensor: str) -> None:
+        """Says that the graph reads this tensor."""
+        self._tensors.add(tensor)
+
     def knows(self, tensor: str) -> bool:
         """Whether the graph reads this tensor."""
         return tensor in self._tensors
 
     def play(self, ids: Ids | None, role: Role) -> None:
-        """Says that the tensor axis these ids belong to produces, or consumes, its units."""
-        if ids is not None and int(ids.flat[0]) in self._owner_of:
-            self.roles[self._owner_of[int(ids.flat[0])]] = role
+        """Says that the tensor axis these ids belong to produces, or consumes, its units.
+
+        An axis that does both (a weight used again transposed) counts as a consumer: with its
+        weights at zero a unit is read by nobody, so that what is written to it does not matter.
+        """
+        key = self._owner_of.get(int(ids.flat[0])) if ids is not None else None
+        if key is not None and self.roles.get(key) != "consumer":
+            self.roles[key] = role
 
     def find(self, unit: int) -> int:
         """The representative of a unit."""

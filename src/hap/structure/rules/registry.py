@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from hap.structure.units import Units
 from hap.structure.value import Value
 
@@ -31,21 +33,22 @@ class Context:
     Attributes:
         units: the relations between units.
         layers: every multiplication by a weight, in graph order; one entry for each call.
-        names: name of the parameter or buffer that a graph node stands for, by node name.
+        model: the module that was exported.
         where: the operator at hand, for messages.
-        arg_names: names of the argument nodes of the operator at hand, by position.
+        caller: the module whose forward calls it.
+        arg_names: for each of its arguments, the name of the parameter or buffer that it is, if it is one.
     """
 
     units: Units
+    model: nn.Module
     layers: list[Multiplication] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)
     where: str = ""
+    caller: nn.Module | None = None
     arg_names: list[str | None] = field(default_factory=list)
 
     def tensor(self, position: int) -> str | None:
         """Name of the parameter passed at this argument position, if it is one."""
-        name = self.arg_names[position] if position < len(self.arg_names) else None
-        return self.names.get(name) if name else None
+        return self.arg_names[position] if position < len(self.arg_names) else None
 
 
 Shapes = Any  # the shape of the output, or a list of them
