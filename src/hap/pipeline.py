@@ -55,6 +55,7 @@ def prune(
     seed: int = 0,
     floor: int = 1,
     round_to: int = 1,
+    inexact: bool = False,
     ignore: Iterable[str] = (),
     progress: Progress = silent,
 ) -> Result:
@@ -66,7 +67,7 @@ def prune(
         loss: ``loss(outputs, batch)``; None for cross-entropy of the logits or the model's own loss.
         budget: what may remain.
         criterion, draws: see `hap.measure`.
-        implant_ratio, floor, round_to: see `hap.decide`.
+        implant_ratio, floor, round_to, inexact: see `hap.decide`.
         samples: calibration examples, for measuring and for fitting the implants.
         seed: of everything drawn at random.
         ignore: see `hap.trace`.
@@ -81,7 +82,9 @@ def prune(
     sensitivity = measure(
         model, data, loss, structure, criterion=criterion, samples=samples, draws=draws, seed=seed, progress=progress
     )
-    plan = decide(structure, sensitivity, budget, implant_ratio=implant_ratio, floor=floor, round_to=round_to)
+    plan = decide(
+        structure, sensitivity, budget, implant_ratio=implant_ratio, floor=floor, round_to=round_to, inexact=inexact
+    )
     small = apply(model, plan, data, samples=samples, progress=progress)
     verification = _step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
     if not verification.ok:

@@ -36,6 +36,7 @@ def prune(
     ] = None,
     floor: Annotated[int, typer.Option(help="Units that every family keeps at least.")] = 1,
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units in each family.")] = 1,
+    inexact: Annotated[bool, typer.Option("--inexact", help="Also prune channels that a normalisation mixes.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be given again.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 skips it.")] = 1,
     lr: Annotated[
@@ -77,6 +78,7 @@ def prune(
             draws=draws,
             floor=floor,
             round_to=round_to,
+            inexact=inexact,
             ignore=ignore or (),
         )
     show(done)

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from hap.errors import HapError
 
@@ -25,12 +26,29 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types, and users' code any
+        _check_runs(model, args, kwargs)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HapError(
             f"torch.export could not trace {type(model).__name__}",
             expected="a forward pass without data-dependent Python control flow, on inputs that the model accepts",
             got=f"{type(error).__name__}: {first}",
             remedy="try model(*args, **kwargs) first; torch.export.export(..., strict=False) shows the whole error",
+        ) from error
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Tells a model that does not accept these inputs from one that cannot be exported."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        first = next(iter(str(error).splitlines()), repr(error))
+        raise HapError(
+            f"{type(model).__name__} cannot run on these inputs: {first}",
+            expected="inputs of the shape and dtype that the model was made for",
+            got=", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensor",
+            remedy="check the data set, its transform and the model's input size",
         ) from error
 
 
