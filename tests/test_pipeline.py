@@ -100,6 +100,16 @@ def test_run_writes_a_directory_that_loads(model: nn.Module, data: zoo.DataSplit
     assert f"{plan.small.params:,}" in card and f"{100 * accuracy:.2f} %" in card
 
 
+@pytest.mark.parametrize("recover", ["refit", "none"])
+def test_run_recovers_as_told(model: nn.Module, data: zoo.DataSplits, tmp_path: Path, recover: Any) -> None:
+    """The closed form brings back most of what the cut lost; without anything it stays lost."""
+    no_training = Training(epochs=0)
+    done = run(model, data, hap.Budget(params=0.4), tmp_path / "run", recover=recover, training=no_training)
+    assert done.as_cut.accuracy is not None
+    assert done.as_cut.accuracy > 0.85 if recover == "refit" else done.as_cut.accuracy < 0.75
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["options"]["recover"] == recover
+
+
 def test_run_refuses_an_existing_directory_before_any_work(
     model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -17,17 +17,18 @@ from torch import nn
 from hap.batches import Batch, Loss, arguments, device_of, take, to_device
 from hap.checkpoint import fresh_directory, refuse_existing, stored_bytes, versions, write
 from hap.curvature import Criterion, measure
-from hap.errors import HapError
+from hap.errors import HapError, unknown
 from hap.planning import Latency, Plan, decide, measure_latency
 from hap.report import Comparison, Measured, sensitivity_plot, table, width_plot, write_json
 from hap.structure import trace
-from hap.surgery import apply, verify
+from hap.surgery import apply, refit_, verify
 from hap.training import History, evaluate, finetune, recalibrate_
 from hap.types import Budget, Evaluation, Progress, Sensitivity, Structure, Verification, silent
 from hap.zoo import DataSplits
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Recover = Literal["recalibrate", "refit", "none"]
 BATCH = 32  # images in the larger input that is timed
 
 
@@ -124,7 +125,7 @@ class Run:
         result: of `prune`; its model is fine-tuned.
         comparison: the before/after table. Accuracy and loss are of the test set, read once.
         history: of the fine-tuning.
-        as_cut: validation before fine-tuning, batch-norm statistics recalibrated.
+        as_cut: validation before fine-tuning, after what `recover` does.
         latency: by number of images in the input, of the dense and the small model.
         seconds: time of each stage.
         directory: where everything was written.
@@ -145,6 +146,7 @@ def run(
     budget: Budget,
     out: str | Path,
     *,
+    recover: Recover = "recalibrate",
     training: Training | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -162,6 +164,8 @@ def run(
         data: calibration and training images, validation for choices, test for the numbers reported.
         budget: what may remain.
         out: the run directory.
+        recover: what follows the cut: ``recalibrate`` computes batch-norm statistics anew, ``refit``
+            solves the weights that are left in closed form (`hap.refit_`), ``none`` does nothing.
         training: how to fine-tune; None for `Training`'s defaults.
         overwrite: replace `out` if it exists.
         seed: of everything drawn at random.
@@ -170,13 +174,18 @@ def run(
         settings: passed on to `prune`.
     """
     out, training = Path(out), training or Training()
+    if recover not in get_args(Recover):
+        raise unknown("recovery", recover, get_args(Recover))
     refuse_existing(out, overwrite)
     seconds: dict[str, float] = {}
     with _timed(seconds, "prune"):
         result = prune(model, data.calibration, None, budget, seed=seed, progress=progress, **settings)
     small = result.model
-    with _timed(seconds, "recalibrate"):
-        recalibrate_(small, data.calibration, samples=2048, progress=progress)
+    with _timed(seconds, recover):
+        if recover == "refit":
+            refit_(small, model, result.plan, data.calibration, samples=512, progress=progress)
+        elif recover == "recalibrate":
+            recalibrate_(small, data.calibration, samples=2048, progress=progress)
         as_cut = evaluate(small, data.validation, progress=progress)
     with _timed(seconds, "finetune"):
         history = finetune(
@@ -194,7 +203,12 @@ def run(
     comparison = _compare(model, result, before, after, latency)
     done = Run(result, comparison, history, as_cut, latency, out, seconds)
     with fresh_directory(out, overwrite=overwrite) as staging:
-        _write(done, model, staging, {**(options or {}), "seed": seed, "training": dataclasses.asdict(training)})
+        _write(
+            done,
+            model,
+            staging,
+            {**(options or {}), "seed": seed, "recover": recover, "training": dataclasses.asdict(training)},
+        )
     return done
 
 

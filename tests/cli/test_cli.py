@@ -65,6 +65,7 @@ def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
         (["--keep-params", "0.0001"], "cannot be reached"),
         (["--keep-params", "0.5", "--criterion", "gate-fischer"], "did you mean 'gate-fisher'"),
         (["--keep-params", "0.5", "--optimizer", "adam"], "did you mean 'adamw'"),
+        (["--keep-params", "0.5", "--recover", "refitt"], "did you mean 'refit'"),
         (["--keep-params", "0.5", "--model", "zoo:digit-cnn"], "did you mean 'digits-cnn'"),
         (["--keep-params", "0.5", "--model", "somewhere"], "names no model"),
         (["--keep-params", "0.5", "--data", "digit"], "did you mean 'digits'"),

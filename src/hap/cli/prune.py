@@ -38,6 +38,9 @@ def prune(
     round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units in each family.")] = 1,
     inexact: Annotated[bool, typer.Option("--inexact", help="Also prune channels that a normalisation mixes.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be given again.")] = None,
+    recover: Annotated[
+        str, typer.Option(help="After the cut: recalibrate (batch-norm statistics), refit (closed form) or none.")
+    ] = "recalibrate",
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning; 0 skips it.")] = 1,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw.")
@@ -68,6 +71,7 @@ def prune(
             budget,
             out,
             training=Training(epochs=epochs, optimizer=optimizer, lr=lr, schedule=schedule, warmup=warmup, ema=ema),
+            recover=recover,  # type: ignore[arg-type]  # checked by run
             overwrite=overwrite,
             seed=seed,
             options={"model": model, "weights": str(weights) if weights else None, "data": data, "limit": limit},

@@ -87,7 +87,7 @@ def show(run: Run) -> None:
     if run.as_cut.accuracy is not None:
         chosen = run.history.chosen
         kept = f"epoch {chosen} of {len(run.history.epochs)}" if run.history.epochs else "no fine-tuning"
-        console.print(f"validation accuracy as cut, recalibrated: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
+        console.print(f"validation accuracy before fine-tuning: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
     console.print(rich_table(run.comparison))
     console.print(f"run directory: {run.directory}", soft_wrap=True)
 

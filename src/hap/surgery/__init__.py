@@ -1,6 +1,7 @@
 """A model and a plan -> the smaller model, and the proof that it is the right one."""
 
 from hap.surgery.apply import apply, apply_, check
+from hap.surgery.refit import refit_
 from hap.surgery.verify import verify
 
-__all__ = ["apply", "apply_", "check", "verify"]
+__all__ = ["apply", "apply_", "check", "refit_", "verify"]
