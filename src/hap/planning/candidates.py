@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hap.errors import HapError
-from hap.types import IGNORED, Family, Layer, Sensitivity, Structure
+from hap.types import Family, Layer, Sensitivity, Structure
 
 _IMPLANTABLE = ("Conv1d", "Conv2d", "Conv3d")
 
@@ -45,20 +45,18 @@ class Candidates:
 def implantable(structure: Structure) -> tuple[Layer, ...]:
     """The layers whose filters can be replaced by pointwise ones: convolutions larger than 1.
 
-    A convolution without a weight of its own shares another's, and to implant that one would leave
-    this one as large as it was. Which one it is is not on record, so none of its kind is implanted.
+    Where kernels cannot shrink (the caller ignores the layer, another one shares its weight, a
+    subclass computes something else), the structure holds the kernel's axes frozen.
     """
-    ignored = {f.parameter for f in structure.frozen if f.reason == IGNORED}
-    tied = {kind for name, kind in structure.modules.items() if f"{name}.weight".lstrip(".") not in structure.tensors}
+    held = {f.parameter for f in structure.frozen if f.axis >= 2}
     return tuple(
         layer
         for layer in structure.layers
         if layer.positions
         and math.prod(layer.kernel) > 1
         and structure.modules.get(layer.module) in _IMPLANTABLE
-        and structure.modules[layer.module] not in tied
         and layer.module
-        and layer.weight not in ignored
+        and layer.weight not in held
         and _whole_groups(structure, layer)
     )
 

@@ -77,7 +77,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def caller(node: fx.Node) -> str:
-    """Name of the module whose forward calls the operator; a module called again has ``@n`` in its name."""
+    """Name of the module whose forward runs the operator; torch.export adds ``@n`` to a second call's."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1][0].partition("@")[0] if stack else ""
 

@@ -12,14 +12,15 @@ Places = dict[Key, list[int]]  # where a unit lies
 
 
 def families(units: Units, convolutions: set[str]) -> tuple[tuple[Family, ...], tuple[Frozen, ...]]:
-    """Groups the units by the axes on which they lie, in the order in which the graph reads them.
+    """Groups the units by the axes on which they lie, in the order of the forward pass.
 
     Units whose first producer is the weight of one of the `convolutions` are channels.
     """
     places = _places(units)
     reasons = _reasons(units, places)
     inexact = {units.find(i) for i in units.inexact}
-    rank = {name: i for i, name in enumerate(dict.fromkeys(tensor for tensor, _ in units.owners))}
+    used = dict.fromkeys(tensor for tensor, _ in (*units.roles, *units.owners))  # roles in forward order
+    rank = {name: i for i, name in enumerate(used)}
     groups: dict[tuple[object, ...], list[Places]] = defaultdict(list)
     for root, where in places.items():
         if root not in reasons:

@@ -29,7 +29,7 @@ def propagate(program: ExportedProgram, units: Units, model: nn.Module) -> Conte
     An operator without a rule freezes the units of everything that it reads, and gives out a value
     without units: never a guess.
     """
-    context = Context(units, model)
+    context = Context(units, dict(model.named_modules(remove_duplicate=False)))
     aliases, parameters = _aliases(model), parameter_names(program)
     names: Names = {}
     inputs: list[Any] = []
@@ -93,7 +93,7 @@ def _call(context: Context, node: fx.Node, values: dict[fx.Node, Any], names: Na
     if not any(v.factors for v in tensors):
         return _plain(shape)
     context.where = name
-    context.caller = context.model.get_submodule(caller(node))
+    context.caller = context.modules.get(caller(node))
     context.arg_names = [names.get(a) if isinstance(a, fx.Node) else None for a in node.args]
     rule = RULES.get(name) or (elementwise if is_pointwise(node) else None)
     if rule is None or shape is None:

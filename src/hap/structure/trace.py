@@ -60,8 +60,7 @@ def trace(
         if unread:
             calls += _training_calls(model, args, kwargs, units, {call.weight for call in calls})
     units.settle_grids()
-    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    _freeze_inside(model, units, attentions, "nn.MultiheadAttention checks its own sizes")
+    _freeze_special(model, units)
     _ignore(model, units, ignore)
     found, frozen = families(units, {call.weight for call in calls if call.kernel})
     tensors, modules = describe(model)
@@ -99,6 +98,16 @@ def _ignore(model: nn.Module, units: Units, patterns: Iterable[str]) -> None:
             raise unknown("module to ignore", pattern, modules)
         hits.update(found)
     _freeze_inside(model, units, [modules[hit] for hit in hits], IGNORED)
+
+
+def _freeze_special(model: nn.Module, units: Units) -> None:
+    """Freezes what the graph shows as prunable and something outside of it forbids."""
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    _freeze_inside(model, units, attentions, "nn.MultiheadAttention checks its own sizes")
+    fixed = dict(model.named_buffers())
+    for key, role in units.roles.items():
+        if key[0] in fixed and role != "follower":
+            units.freeze(units.owners[key].ids, "a weight that is a buffer")
 
 
 def _freeze_inside(model: nn.Module, units: Units, modules: Iterable[nn.Module], reason: str) -> None:

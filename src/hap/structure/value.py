@@ -65,6 +65,21 @@ def axis_ids(units: Units, value: Value, axis: int) -> Ids | None:
     return None
 
 
+def across(units: Units, value: Value, axes: set[int]) -> Value:
+    """Ties units along `axes` where they differ along other axes too, so that only those may shrink.
+
+    For operators that act along one axis of a split one, such as a softmax over the groups.
+    """
+    factors = []
+    for factor in value.factors:
+        if support(factor) & axes and support(factor) - axes:
+            first = factor[tuple(slice(1) if a in axes else slice(None) for a in range(value.ndim))]
+            units.tie(first, factor)
+            factor = first
+        factors.append(factor)
+    return Value(value.shape, tuple(factors))
+
+
 def without(value: Value, axes: set[int]) -> tuple[Ids, ...]:
     """The factors that have no ids on these axes."""
     return tuple(f for f in value.factors if not support(f) & axes)
@@ -105,8 +120,11 @@ def _merge(units: Units, merged: list[Ids], factor: Ids, where: str) -> list[Ids
     return [smaller if m is overlapping[0] else m for m in merged]
 
 
-def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str) -> Value:
-    """The ids rearranged as a view, reshape, flatten, squeeze or unsqueeze rearranges the data."""
+def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str, open_axis: int | None = None) -> Value:
+    """The ids rearranged as a view, reshape, flatten, squeeze or unsqueeze rearranges the data.
+
+    `open_axis` is the one whose size is left open (-1): where an axis is split, units can leave there.
+    """
     factors: list[Ids] = []
     for source, target in _blocks(value.shape, shape):
         inside = [f for f in value.factors if support(f) & set(source)]
@@ -120,8 +138,8 @@ def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str) -> V
                 continue
             local = factor.reshape([factor.shape[a] for a in source])
             full = np.broadcast_to(local, [value.shape[a] for a in source]).reshape([shape[a] for a in target])
-            factors.append(_place(_compress(full), target, len(shape)))
-            _note_grid(units, factor, factors[-1])
+            split = _place(_compress(full), target, len(shape))
+            factors.append(_note_grid(units, factor, split, open_axis))
     return Value(shape, tuple(f for f in factors if support(f)))
 
 
@@ -162,10 +180,16 @@ def _place(ids: Ids, axes: list[int], ndim: int) -> Ids:
     return ids.reshape(shape)
 
 
-def _note_grid(units: Units, before: Ids, after: Ids) -> None:
+def _note_grid(units: Units, before: Ids, after: Ids, open_axis: int | None) -> Ids:
+    """Remembers an axis that has been split; returns the ids to go on with."""
     axes = sorted(support(after))
     if len(support(before)) != 1 or len(axes) < 2:
-        return
+        return after
     if len(axes) > 2:
         units.freeze(after, "an axis is split into three or more")
+    if open_axis == axes[0]:  # the groups are of constant size: each leaves as a whole
+        whole = after[tuple(slice(None) if a == open_axis else slice(1) for a in range(after.ndim))]
+        units.tie(whole, after)
+        return whole
     units.grids.append(after.reshape(after.shape[axes[0]], -1))
+    return after

@@ -15,7 +15,7 @@ from hap.implants import Fitted, ImplantedConv, Target, build, centre_taps, leas
 from hap.planning import Plan
 from hap.surgery.attributes import sizes
 from hap.surgery.layout import Layout, layout
-from hap.types import Layer, Progress, describe, silent
+from hap.types import Progress, describe, silent
 
 
 def apply(
@@ -138,8 +138,9 @@ def _tensors(model: nn.Module, places: Layout) -> dict[str, torch.Tensor]:
         tensor = new.get(name, old[name].detach())
         new[name] = tensor.index_select(axis, torch.tensor(positions, device=tensor.device))
     for name, tensor in new.items():
-        if tensor.ndim == 4 and old[name].is_contiguous(memory_format=torch.channels_last):
-            new[name] = tensor.contiguous(memory_format=torch.channels_last)
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        if layout is not None and old[name].is_contiguous(memory_format=layout):
+            new[name] = tensor.contiguous(memory_format=layout)
     return new
 
 
@@ -166,21 +167,26 @@ def _commit(
     current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         _set_data(current[name], tensor, undo)
-    changed = {name.rpartition(".")[0] for name in tensors}
-    layers = {layer.module: layer for layer in plan.structure.layers}
-    for name, module in model.named_modules():
-        if name in changed:
-            for attribute, value in sizes(module, _filters(places, layers.get(name))).items():
+    changed = {id(current[name]): name for name in tensors}
+    for module in model.modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(id(tensor) in changed for tensor in own):
+            for attribute, value in sizes(module, _filters(module, places, changed)).items():
                 _set_attribute(module, attribute, value, undo)
     old = {model.get_submodule(name): new for name, new in implants.items()}
     for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # named_children leaves out second names
             if child in old:
                 _set_attribute(parent, key, old[child], undo)
 
 
-def _filters(places: Layout, layer: Layer | None) -> Sequence[int]:
-    return () if layer is None else places.of(layer.weight, layer.output_axis, layer.filters)
+def _filters(module: nn.Module, places: Layout, changed: dict[int, str]) -> Sequence[int]:
+    """For a convolution, the dense positions of the filters that are left."""
+    if not isinstance(module, _ConvNd):
+        return ()
+    every = range(module.out_channels)
+    name = changed.get(id(module.weight))  # tied weights go by their first name
+    return every if name is None else places.of(name, 0, len(every))
 
 
 def _set_data(tensor: torch.Tensor, data: torch.Tensor, undo: list[Callable[[], None]]) -> None:

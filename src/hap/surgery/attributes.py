@@ -31,7 +31,7 @@ def sizes(module: nn.Module, filters: Sequence[int]) -> dict[str, Any]:
         return {"in_features": module.weight.shape[1], "out_features": module.weight.shape[0]}
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": module.weight.shape[1]}
-    if isinstance(module, nn.LayerNorm) and module.weight is not None:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
         return {"normalized_shape": tuple(module.weight.shape)}
     if isinstance(module, nn.GroupNorm) and module.weight is not None:
         return {"num_channels": module.weight.shape[0]}

@@ -48,19 +48,21 @@ def verify(
     check(model, plan)
     args, kwargs = _double((args, dict(kwargs or {})))
     reference = _gated(model, small, plan)
-    with evaluating(reference), torch.no_grad():
-        want = reference(*args, **kwargs)
+    want = _outputs(
+        "the dense model does not run in float64",
+        reference,
+        args,
+        kwargs,
+        "pass inputs that the model was made for; its forward pass must not fix a dtype",
+    )
     del reference
-    narrow = copy.deepcopy(small).double()
-    try:
-        with evaluating(narrow), torch.no_grad():
-            have = narrow(*args, **kwargs)
-    except RuntimeError as error:
-        raise HapError(
-            f"the pruned model does not run: {str(error).splitlines()[0]}",
-            expected="a forward pass on the inputs of the dense model",
-            remedy="a size is probably written as a number in its forward pass; name that module in trace(ignore=)",
-        ) from error
+    have = _outputs(
+        "the pruned model does not run",
+        copy.deepcopy(small).to(torch.float64),
+        args,
+        kwargs,
+        "a size is probably written as a number in its forward pass; name that module in trace(ignore=)",
+    )
     error_found = _relative_error(want, have)
     params = sum(p.numel() for p in small.parameters())
     return Verification(
@@ -71,13 +73,25 @@ def verify(
     )
 
 
+def _outputs(failure: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], remedy: str) -> Any:
+    try:
+        with evaluating(model), torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as error:  # users' code raises any type: an assertion on a shape, a missing attribute
+        raise HapError(
+            f"{failure}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="a forward pass on the inputs of the dense model",
+            remedy=remedy,
+        ) from error
+
+
 def _double(tree: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
 def _gated(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     """The dense model in float64 with closed gates, and implants in place of the filters they replace."""
-    reference = copy.deepcopy(model).double()
+    reference = copy.deepcopy(model).to(torch.float64)
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
         for name, target in targets(plan, layout(plan)).items():

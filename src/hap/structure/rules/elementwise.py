@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from hap.structure.rules.registry import Context, rule
-from hap.structure.value import Value, align, along, axis_ids, support, touching
+from hap.structure.value import Value, align, axis_ids, touching
 
 
 @rule(
-    "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "detach", "alias", "to", "_to_copy",
-    "relu6", "hardswish", "silu", "selu", "celu", "rrelu", "leaky_relu", "mish", "softplus",
-    "dropout2d", "lift_fresh_copy", "type_as", "float", "half",
+    "relu6", "hardswish", "silu", "selu", "celu", "rrelu", "leaky_relu", "mish", "softplus", "expand_as",
 )  # fmt: skip
 def elementwise(context: Context, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Value:
     """Also the rule of every operator that PyTorch itself tags as pointwise.
@@ -21,6 +19,22 @@ def elementwise(context: Context, shape: tuple[int, ...], *args: Any, **kwargs: 
     """
     values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     return align(context.units, values, shape, context.where)
+
+
+@rule(
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "dropout2d",
+    "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as", "float", "half",
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+)  # fmt: skip
+def as_first(context: Context, shape: tuple[int, ...], x: Value, *_: Any, **__: Any) -> Value:
+    """The shape of the first argument; the others say at most what dtype to take."""
+    return Value(shape, x.factors)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def fixed(context: Context, shape: tuple[int, ...], *_: Any, **__: Any) -> Value:
+    """A shape written as numbers; the first argument gives the dtype alone."""
+    return Value(shape)
 
 
 @rule("prelu")
@@ -42,14 +56,14 @@ def per_channel_norm(
     variance: Value | None,
     *_: Any,
 ) -> Value:
-    """Each channel is normalised by itself."""
+    """Each channel is normalised by itself; an instance norm mixes the positions in it."""
+    if context.where == "instance_norm":
+        for factor in touching(x, set(range(2, x.ndim))):
+            context.units.freeze(factor, "positions that instance_norm mixes")
     channel = axis_ids(context.units, x, 1)
     for tensor in (weight, bias, mean, variance):
         if tensor is not None:
             context.units.tie(channel, axis_ids(context.units, tensor, 0))
-    if channel is None and weight is not None:
-        ids = axis_ids(context.units, weight, 0)
-        return Value(shape, (along(ids, 1, len(shape)),)) if ids is not None else Value(shape)
     return Value(shape, x.factors)
 
 
@@ -63,10 +77,15 @@ def layer_norm(
     bias: Value | None = None,
     *_: Any,
 ) -> Value:
-    """Units inside a normalised axis are mixed: removing one differs from closing its gate."""
+    """Units inside a normalised axis are mixed: removing one differs from closing its gate.
+
+    Without a weight nothing tells surgery which module has the size written down.
+    """
     result = align(context.units, [v for v in (x, weight, bias) if v is not None], shape, context.where)
     for factor in touching(x, set(range(len(shape) - len(normalized), len(shape)))):
         context.units.blur(factor)
+        if weight is None:
+            context.units.freeze(factor, f"{context.where} without a weight has their number written down")
     return result
 
 
@@ -86,15 +105,8 @@ def group_norm(
         if tensor is not None:
             context.units.tie(channel, axis_ids(context.units, tensor, 0))
     if channel is not None:
-        context.units.blur(channel)
         grid = channel.reshape(groups, -1)
         context.units.tie(grid[:1], grid[1:])
+    for factor in x.factors:
+        context.units.blur(factor)
     return Value(shape, x.factors)
-
-
-@rule("softmax", "log_softmax", "_softmax", "cumsum", "argmax", "argsort", "sort", "topk")
-def over_axis(context: Context, shape: tuple[int, ...], x: Value, axis: int, *_: Any) -> Value:
-    """Mixes the positions along one axis, which must not change; the others pass."""
-    for factor in touching(x, {axis % x.ndim}):
-        context.units.freeze(factor, f"{context.where} runs over them")
-    return Value(shape, tuple(f for f in x.factors if support(f) and len(shape) == x.ndim))

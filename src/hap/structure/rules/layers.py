@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
 from hap.structure.rules.registry import Context, Multiplication, rule
 from hap.structure.units import Ids
 from hap.structure.value import Value, along, axis_ids, touching, without
 
 Sizes = int | Sequence[int]
+
+# Only these can be replaced by an implant: what a subclass does besides is not known.
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @rule("linear")
@@ -46,6 +52,9 @@ def convolution(
     else:
         _group(context, read, inner, out, groups, weight.shape[0] // groups, weight.shape[1])
     _record(context, weight, 0, weight.shape[2:], groups, False, math.prod(shape) // weight.shape[0])
+    if not _implantable(context) or len(shape) != weight.ndim:
+        for factor in touching(weight, set(range(2, weight.ndim))):
+            units.freeze(factor, "called otherwise than by a plain convolution of its own, on a batch")
     return _convolved(context, shape, x, channel, out)
 
 
@@ -108,17 +117,21 @@ def _group(
 ) -> None:
     """Ties units so that the convolution stays a grouped one.
 
-    With many small groups (depthwise, ResNeXt) a unit is a whole group, in and out. With few wide
+    With many small groups (depthwise, ResNeXt) a unit is a whole group, in and out: the number of
+    groups shrinks, which surgery can tell a convolution module, but no other caller. With few wide
     ones a unit is a position inside the group, the same in every group.
     """
     units = context.units
-    if out is None:
-        return
-    if read is None:
-        units.freeze(out, "a grouped convolution reads an input of fixed size")
+    if out is None or read is None:
+        for ids in (read, out):
+            if ids is not None:
+                units.freeze(ids, "a grouped convolution meets an axis of fixed size")
         return
     ins, outs = read.reshape(groups, columns), out.reshape(groups, rows)
     if groups > min(rows, columns):
+        if context.tensor(1) is None or not isinstance(context.caller, _ConvNd):
+            for ids in (read, out):
+                units.freeze(ids, "the number of groups is written outside a convolution module")
         units.tie(ins[:, :1], ins[:, 1:])
         units.tie(ins[:, :1], outs)
         if inner is not None:
@@ -138,6 +151,13 @@ def _convolved(context: Context, shape: tuple[int, ...], x: Value, channel: int,
         context.units.freeze(factor, f"positions that {context.where} slides over")
     factors = without(x, spatial | {channel})
     return Value(shape, (*factors, along(out, channel, len(shape))) if out is not None else factors)
+
+
+def _implantable(context: Context) -> bool:
+    """Whether a plain convolution module is calling its own weight."""
+    name = context.tensor(1)
+    owner = context.modules.get(name.rpartition(".")[0]) if name else None
+    return type(owner) in _PLAIN and owner is context.caller
 
 
 def _record(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +33,14 @@ class Context:
     Attributes:
         units: the relations between units.
         layers: every multiplication by a weight, in graph order; one entry for each call.
-        model: the module that was exported.
+        modules: every module of the model, under all its names.
         where: the operator at hand, for messages.
         caller: the module whose forward calls it.
         arg_names: for each of its arguments, the name of the parameter or buffer that it is, if it is one.
     """
 
     units: Units
-    model: nn.Module
+    modules: Mapping[str, nn.Module]
     layers: list[Multiplication] = field(default_factory=list)
     where: str = ""
     caller: nn.Module | None = None

@@ -9,13 +9,22 @@ import numpy as np
 
 from hap.structure.rules.registry import Context, freeze_all, rule
 from hap.structure.units import Ids
-from hap.structure.value import Value, align, along, axis_ids, reshape, support, touching, without
+from hap.structure.value import Value, across, align, along, axis_ids, reshape, support, touching, without
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
-def rearrange(context: Context, shape: tuple[int, ...], x: Value, *_: Any) -> Value:
-    """Only the shapes matter."""
-    return reshape(context.units, x, shape, context.where)
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
+def rearrange(context: Context, shape: tuple[int, ...], x: Value, *sizes: Any) -> Value:
+    """Only the shapes matter, and which size is left open (-1)."""
+    open_axis = None
+    if context.where in ("view", "reshape") and sizes and -1 in sizes[0]:
+        open_axis = sizes[0].index(-1)
+    return reshape(context.units, x, shape, context.where, open_axis)
+
+
+@rule("view_as")
+def rearrange_as(context: Context, shape: tuple[int, ...], x: Value, other: Value) -> Value:
+    """Takes another tensor's shape, so that their units are the same."""
+    return align(context.units, [reshape(context.units, x, shape, context.where), other], shape, context.where)
 
 
 @rule("permute")
@@ -30,13 +39,19 @@ def transpose(context: Context, shape: tuple[int, ...], x: Value, first: int, se
     return Value(shape, tuple(f.swapaxes(first, second) for f in x.factors))
 
 
+@rule("movedim", "moveaxis")
+def move_axis(context: Context, shape: tuple[int, ...], x: Value, source: Any, target: Any) -> Value:
+    """Moves axes to other places."""
+    return Value(shape, tuple(np.moveaxis(f, source, target) for f in x.factors))
+
+
 @rule("t", "numpy_T")
 def matrix_transpose(context: Context, shape: tuple[int, ...], x: Value) -> Value:
     """Swaps the axes of a matrix."""
     return Value(shape, tuple(f.T for f in x.factors))
 
 
-@rule("expand", "expand_as")
+@rule("expand")
 def expand(context: Context, shape: tuple[int, ...], x: Value, *_: Any) -> Value:
     """Repeats axes of size 1, which have no ids; new axes come in front."""
     extra = (1,) * (len(shape) - x.ndim)
@@ -61,9 +76,86 @@ def cat(context: Context, shape: tuple[int, ...], tensors: Sequence[Value], axis
     return Value(shape, (*joined, *align(context.units, others, _one(shape, axis), context.where).factors))
 
 
+@rule("stack")
+def stack(context: Context, shape: tuple[int, ...], tensors: Sequence[Value], axis: int = 0) -> Value:
+    """Joins tensors along a new axis; their axes are tied."""
+    axis %= len(shape)
+    single = _one(shape, axis)
+    values = [Value(single, tuple(np.expand_dims(f, axis) for f in v.factors)) for v in tensors]
+    return Value(shape, align(context.units, values, single, context.where).factors)
+
+
+@rule("repeat", "tile")
+def repeat(context: Context, shape: tuple[int, ...], x: Value, times: Sequence[int]) -> Value:
+    """Copies along axes: all copies of a unit are that unit."""
+    extra = (1,) * (len(shape) - x.ndim)
+    times = (1,) * (len(shape) - len(times)) + tuple(times)
+    factors = []
+    for factor in x.factors:
+        wide = factor.reshape(extra + factor.shape)
+        factors.append(np.tile(wide, [n if a in support(wide) else 1 for a, n in enumerate(times)]))
+    return Value(shape, tuple(factors))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(context: Context, shape: tuple[int, ...], x: Value, times: int, axis: int) -> Value:
+    """Copies each position, one copy beside the other."""
+    axis %= x.ndim
+    return Value(shape, tuple(np.repeat(f, times, axis) if axis in support(f) else f for f in x.factors))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(context: Context, shape: tuple[int, ...], x: Value, factor: int) -> Value:
+    """A channel is made of the ``factor ** 2`` consecutive ones that hold its pixels."""
+    channel = x.ndim - 3
+    ids = axis_ids(context.units, x, channel)
+    kept = _off_pixels(context, without(x, {channel}), x.ndim)
+    if ids is None:
+        return Value(shape, kept)
+    grid = ids.reshape(-1, factor**2)
+    context.units.tie(grid[:, :1], grid)
+    return Value(shape, (*kept, along(grid[:, 0], channel, x.ndim)) if shape[channel] > 1 else kept)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(context: Context, shape: tuple[int, ...], x: Value, factor: int) -> Value:
+    """A channel becomes ``factor ** 2`` consecutive ones."""
+    kept = _off_pixels(context, x.factors, x.ndim)
+    channel = x.ndim - 3
+    return Value(shape, tuple(np.repeat(f, factor**2, channel) if channel in support(f) else f for f in kept))
+
+
+def _off_pixels(context: Context, factors: tuple[Ids, ...], ndim: int) -> tuple[Ids, ...]:
+    """The factors that do not touch the last two axes; freezes the others."""
+    found = Value((0,) * ndim, factors)
+    for factor in touching(found, {ndim - 2, ndim - 1}):
+        context.units.freeze(factor, f"pixels that {context.where} moves")
+    return without(found, {ndim - 2, ndim - 1})
+
+
+@rule("channel_shuffle")
+def channel_shuffle(context: Context, shape: tuple[int, ...], x: Value, groups: int) -> Value:
+    """``(g, n)`` becomes ``(n, g)``: every group must lose the same positions."""
+    ids = axis_ids(context.units, x, 1)
+    if ids is None:
+        return Value(shape, x.factors)
+    grid = ids.reshape(groups, -1)
+    context.units.tie(grid[:1], grid[1:])
+    return Value(shape, (*without(x, {1}), along(grid.T.ravel(), 1, x.ndim)))
+
+
+@rule("glu")
+def glu(context: Context, shape: tuple[int, ...], x: Value, axis: int = -1) -> Value:
+    """The first half times the sigmoid of the second."""
+    halves = chunk(context, [shape, shape], x, 2, axis)
+    return align(context.units, halves, shape, context.where)
+
+
 @rule("chunk", "tensor_split")
-def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: int, axis: int = 0) -> list[Value]:
+def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: Any, axis: int = 0) -> list[Value]:
     """Pieces are cut at fractions of the axis, so all pieces must lose the same positions."""
+    if not isinstance(pieces, int):  # tensor_split at given positions
+        return split(context, shapes, x, pieces, axis)
     axis %= x.ndim
     ids = axis_ids(context.units, x, axis)
     sizes = [shape[axis] for shape in shapes]
@@ -73,7 +165,7 @@ def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: int
             context.units.tie(grid[:1], grid[1:])
         else:
             context.units.freeze(ids, f"cut into uneven pieces by {context.where}")
-    return _cut(x, ids, axis, shapes)
+    return _cut(context, x, ids, axis, shapes)
 
 
 @rule("split", "split_with_sizes", "unbind", "unsafe_split")
@@ -81,6 +173,7 @@ def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any 
     """Pieces of constant sizes: nothing may move."""
     if shapes and len(shapes[0]) < x.ndim:  # unbind(x, axis)
         axis = int(sizes) % x.ndim
+        x = across(context.units, x, {axis})
         freeze_all(context, [Value(x.shape, tuple(touching(x, {axis})))], f"taken apart by {context.where}")
         rest = tuple(np.squeeze(f, axis) for f in without(x, {axis}))
         return [Value(shape, rest) for shape in shapes]
@@ -88,7 +181,7 @@ def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any 
     ids = axis_ids(context.units, x, axis)
     if ids is not None:
         context.units.freeze(ids, f"cut at constant positions by {context.where}")
-    return _cut(x, ids, axis, shapes)
+    return _cut(context, x, ids, axis, shapes)
 
 
 @rule("slice", "narrow")
@@ -101,9 +194,10 @@ def slice_(
     end: int | None = None,
     step: int = 1,
 ) -> Value:
-    """``x[:, start:end:step]`` with constants stays right only if nothing before `end` leaves.
+    """``x[:, start:end:step]`` with constants stays right only if nothing moves across its ends.
 
-    An end at or past the last position follows the axis when it shrinks.
+    A positive number counts from the front: what lies before it must stay. A negative one counts
+    from the back: what lies after it must stay. An end at or past the last position is no number.
     """
     axis %= x.ndim
     size = x.shape[axis]
@@ -112,17 +206,21 @@ def slice_(
         span = slice(start, (start or 0) + (end or 0))
     ids = axis_ids(context.units, x, axis)
     first, last, stride = span.indices(size)
-    if ids is not None and (first, last, stride) != (0, size, 1):
-        held = size if stride != 1 else first if last == size else last
-        if held:
-            context.units.freeze(ids[:held], f"cut at constant positions by {context.where}")
-    return _cut(x, None if ids is None else ids[span], axis, [shape])[0]
+    if ids is not None:
+        held = np.full(size, stride != 1)
+        for given, place in ((span.start, first), (span.stop, last)):
+            if place not in (0, size):
+                held[slice(place, None) if given < 0 else slice(place)] = True
+        if held.any():
+            context.units.freeze(ids[held], f"cut at constant positions by {context.where}")
+    return _cut(context, x, None if ids is None else ids[span], axis, [shape])[0]
 
 
 @rule("select")
 def select(context: Context, shape: tuple[int, ...], x: Value, axis: int, index: int) -> Value:
     """One position of an axis; units on that axis must stay."""
     axis %= x.ndim
+    x = across(context.units, x, {axis})
     for factor in touching(x, {axis}):
         context.units.freeze(factor, f"one position is taken by {context.where}")
     return Value(shape, tuple(np.squeeze(f, axis) for f in without(x, {axis})))
@@ -156,26 +254,40 @@ def pad(
     return Value(shape, tuple(factors))
 
 
-@rule("roll", "flip")
-def keep_order(context: Context, shape: tuple[int, ...], x: Value, first: Sequence[int], axes: Any = None) -> Value:
-    """Moves positions along the given axes, whose units must stay; the others pass."""
-    moved = {a % x.ndim for a in (axes if axes is not None else first)}
+@rule("roll")
+def roll(context: Context, shape: tuple[int, ...], x: Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> Value:
+    """Moves positions along the given axes, or (without any) along all; their units must stay."""
+    return Value(shape, _in_place(context, x, axes or range(x.ndim)))
+
+
+@rule("flip")
+def flip(context: Context, shape: tuple[int, ...], x: Value, axes: Sequence[int]) -> Value:
+    """Turns the given axes around; their units must stay."""
+    return Value(shape, _in_place(context, x, axes))
+
+
+def _in_place(context: Context, x: Value, axes: Sequence[int]) -> tuple[Ids, ...]:
+    """The factors of `x`, frozen along `axes`."""
+    moved = {a % x.ndim for a in axes}
+    x = across(context.units, x, moved)
     for factor in touching(x, moved):
         context.units.freeze(factor, f"positions are moved by {context.where}")
-    return Value(shape, x.factors)
+    return x.factors
 
 
 def _one(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
-def _cut(x: Value, ids: Ids | None, axis: int, shapes: list[tuple[int, ...]]) -> list[Value]:
-    """The pieces along `axis`, one after the other, with their share of `ids`."""
+def _cut(context: Context, x: Value, ids: Ids | None, axis: int, shapes: list[tuple[int, ...]]) -> list[Value]:
+    """The pieces along `axis`, one after the other, with their share of `ids`; one of size 1 has none."""
     rest = without(x, {axis})
     pieces, start = [], 0
     for shape in shapes:
         part = None if ids is None else ids[start : start + shape[axis]]
         start += shape[axis]
         own = (along(part, axis, len(shape)),) if part is not None and part.size > 1 else ()
+        if part is not None and part.size == 1:
+            context.units.freeze(part, f"cut out alone by {context.where}")
         pieces.append(Value(shape, (*rest, *own)))
     return pieces
