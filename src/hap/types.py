@@ -193,6 +193,9 @@ class Sensitivity:
         filters: for each layer (by module name), float64 of shape ``(filters,)``: the sensitivity
             to that filter alone, whatever else writes to its channel.
         filters_stderr: standard errors of `filters`.
+        gram: the second derivatives of the loss by all pairs of gates, float64 of shape ``(units, units)``, with the
+            units in the order of ``structure.families``, one family after the other; None unless asked for. Closing
+            the gates of a set of units together raises the loss by half the sum over all pairs in it.
     """
 
     criterion: str
@@ -202,6 +205,7 @@ class Sensitivity:
     stderr: Mapping[str, torch.Tensor]
     filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gram: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

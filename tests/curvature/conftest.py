@@ -137,6 +137,39 @@ def mlp_structure(model: Mlp) -> Structure:
     return structure_of(model, [family], [layer_of(model, name) for name in ("first", "shared", "last")])
 
 
+class Attention(nn.Module):
+    """One head of attention in plain tensor operations. A dimension of q and k is a unit that no weight reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(5, 3) for _ in range(3))
+        self.out = nn.Linear(3, 4)
+
+    def forward(self, x):
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / 3**0.5
+        return self.out(scores.softmax(-1) @ self.v(x)).mean(1)
+
+
+def attention_structure(model: Attention) -> Structure:
+    families = [
+        Family(
+            "q",
+            "neuron",
+            3,
+            True,
+            (Member("q.weight", 0, singles(3), "producer"), Member("k.weight", 0, singles(3), "producer")),
+        ),
+        Family(
+            "v",
+            "neuron",
+            3,
+            True,
+            (Member("v.weight", 0, singles(3), "producer"), Member("out.weight", 1, singles(3), "consumer")),
+        ),
+    ]
+    return structure_of(model, families, [layer_of(model, name) for name in ("q", "k", "v", "out")])
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its structure, batches of unequal size, and the channel that each unit gates when read."""
@@ -175,18 +208,29 @@ class Case:
     def gates(self) -> int:
         return sum(f.size for f in self.structure.families) + sum(y.filters for y in self.structure.layers)
 
-    def gate_curvature(self) -> torch.Tensor:
-        """``J' (diag p - p p') J / 2`` for every example, its diagonal: (examples, gates)."""
-        rows = []
-        for x in torch.cat([x for x, _ in self.batches]).split(1):
-            ones = torch.ones(self.gates, dtype=torch.float64)
-            jacobian = torch.autograd.functional.jacobian(lambda a, x=x: self.logits(x, a)[0], ones)
-            p = self.logits(x, ones)[0].softmax(0).detach()
-            rows.append(torch.einsum("cp,cd,dp->p", jacobian, torch.diag(p) - torch.outer(p, p), jacobian) / 2)
-        return torch.stack(rows)
+    def jacobians(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (examples, classes) of every example and their derivatives (examples, classes, gates) by its gates."""
+        ones = torch.ones(self.gates, dtype=torch.float64)
+        inputs = torch.cat([x for x, _ in self.batches])
+        rows = [torch.autograd.functional.jacobian(lambda a, x=x: self.logits(x, a)[0], ones) for x in inputs.split(1)]
+        return self.logits(inputs, ones).detach(), torch.stack(rows)
 
-    def groups(self) -> dict[str, list[torch.Tensor]]:
-        """For each unit and filter, in the order of the gates, a mask over each weight: {weight: masks}."""
+    def labels(self) -> torch.Tensor:
+        """The labels of every example."""
+        return torch.cat([y for _, y in self.batches])
+
+    def gate_matrices(self) -> torch.Tensor:
+        """``J' (diag p - p p') J`` for every example: (examples, gates, gates)."""
+        logits, jacobians = self.jacobians()
+        p = logits.softmax(1)
+        return torch.einsum("ncp,ncd,ndq->npq", jacobians, torch.diag_embed(p) - p[:, :, None] * p[:, None], jacobians)
+
+    def gate_curvature(self) -> torch.Tensor:
+        """Half the diagonal of `gate_matrices`: (examples, gates)."""
+        return self.gate_matrices().diagonal(dim1=1, dim2=2) / 2
+
+    def groups(self, role: str = "producer") -> dict[str, list[torch.Tensor]]:
+        """For each unit (its members in a role) and filter, in the order of the gates, a mask over each weight."""
         masks: dict[str, list[torch.Tensor]] = {y.weight: [] for y in self.structure.layers}
 
         def add(rows: list[tuple[str, int, tuple[int, ...]]]) -> None:
@@ -199,11 +243,32 @@ class Case:
 
         for family in self.structure.families:
             for u in range(family.size):
-                add([(m.parameter, m.axis, m.indices[u]) for m in family.roles("producer")])
+                add([(m.parameter, m.axis, m.indices[u]) for m in family.roles(role)])
         for layer in self.structure.layers:
             for u in range(layer.filters):
                 add([(layer.weight, layer.output_axis, (u,))])
         return masks
+
+    def mask(self, role: str = "producer") -> torch.Tensor:
+        """The masks of `groups` over all layers' weights laid flat: (gates, weights), float64."""
+        masks = self.groups(role)
+        rows = zip(*(masks[y.weight] for y in self.structure.layers), strict=True)
+        return torch.stack([torch.cat(row) for row in rows]).double()
+
+    def gauss_newton(self) -> torch.Tensor:
+        """``J' (diag p - p p') J``, the mean over examples, by all layers' weights laid flat."""
+        _, flat, _ = self.loss_of_weights()
+        shapes = {y.weight: self.model.get_parameter(y.weight).shape for y in self.structure.layers}
+
+        def logits(flat: torch.Tensor) -> torch.Tensor:
+            parts = flat.split([shape.numel() for shape in shapes.values()])
+            changed = {n: p.view(s) for p, (n, s) in zip(parts, shapes.items(), strict=True)}
+            return torch.cat([torch.func.functional_call(self.model, changed, (x,)) for x, _ in self.batches])
+
+        jacobian = torch.autograd.functional.jacobian(logits, flat)
+        p = logits(flat).softmax(1).detach()
+        hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        return torch.einsum("ncv,ncd,ndw->vw", jacobian, hessian, jacobian) / self.examples
 
     def loss_of_weights(self) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor]:
         """The mean loss as a function of all layers' weights laid flat, these weights, and (gates, weights) masks."""
@@ -260,6 +325,19 @@ def make_mlp(sizes: tuple[int, ...] = (5, 2)) -> Case:
     return Case(model.eval(), mlp_structure(model), data, {"first": list(range(6))}, -1)
 
 
+def make_attention() -> Case:
+    generator = torch.Generator().manual_seed(3)
+    model = Attention().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7)
+    data = [
+        (torch.randn(n, 4, 5, generator=generator, dtype=torch.float64), torch.randint(4, (n,), generator=generator))
+        for n in (5, 3)
+    ]
+    return Case(model.eval(), attention_structure(model), data, {}, -1)
+
+
 MAKERS = {"conv": make_conv, "mlp": make_mlp}
 
 
@@ -285,3 +363,9 @@ def mlp() -> Case:
 def many(request: pytest.FixtureRequest) -> Case:
     """Both networks with 256 examples."""
     return MAKERS[request.param]((128, 128))
+
+
+@pytest.fixture(params=["conv", "mlp", "attention"])
+def weighted(request: pytest.FixtureRequest) -> Case:
+    """Networks for curvature by the weights, which needs no gates."""
+    return {**MAKERS, "attention": make_attention}[request.param]()

@@ -45,15 +45,6 @@ def test_taylor_of_one_batch_has_no_stderr(mlp):
     assert not result.scores["first"].isnan().any()
 
 
-def test_magnitude_is_the_norm(case):
-    _, weights, masks = case.loss_of_weights()
-    result = measure(case.model, None, None, case.structure, criterion="magnitude")
-    expected = torch.stack([weights[mask].norm() for mask in masks])
-    torch.testing.assert_close(flat(case, result)[0], expected, rtol=1e-12, atol=0)
-    assert not flat(case, result)[1].any()
-    assert (result.samples, result.draws) == (0, 0)
-
-
 def test_random_is_uniform_and_seeded(conv):
     values = [
         flat(conv, measure(conv.model, None, None, conv.structure, criterion="random", seed=seed))[0]
@@ -64,3 +55,28 @@ def test_random_is_uniform_and_seeded(conv):
     assert 0 <= every.min() < every.max() < 1
     assert abs(every.mean() - 0.5) < 4 * (1 / 12 / every.numel()) ** 0.5
     assert abs(torch.corrcoef(every[:, :2].T)[0, 1]) < 0.4
+
+
+def test_empirical_fisher_of_single_examples_is_the_dense_quadratic(weighted):
+    """``1/2 w_p' E[g g'] w_p`` with the data's labels."""
+    x, y = (torch.cat(parts) for parts in zip(*weighted.batches, strict=True))
+    batches = list(zip(x.split(1), y.split(1), strict=True))
+    names = [layer.weight for layer in weighted.structure.layers]
+    weights = [weighted.model.get_parameter(name) for name in names]
+    removed = weighted.mask() * torch.cat([w.detach().flatten() for w in weights])
+    rows = []
+    for image, label in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(weighted.model(image), label), weights)
+        rows.append((removed @ torch.cat([g.flatten() for g in gradients])).square() / 2)
+    expected = torch.stack(rows)
+    result = measure(weighted.model, batches, None, weighted.structure, criterion="empirical-fisher")
+    value, stderr = flat(weighted, result)
+    torch.testing.assert_close(value, expected.mean(0), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(stderr, expected.std(0) / len(rows) ** 0.5, rtol=1e-10, atol=1e-14)
+
+
+def test_empirical_fisher_of_one_batch_is_its_square_times_its_size(mlp):
+    taylor = measure(mlp.model, mlp.batches[:1], None, mlp.structure, criterion="taylor").scores["first"]
+    result = measure(mlp.model, mlp.batches[:1], None, mlp.structure, criterion="empirical-fisher")
+    torch.testing.assert_close(result.scores["first"], 5 * taylor.square() / 2, rtol=1e-10, atol=0)
+    assert result.stderr["first"].isnan().all()

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hap.curvature import measure
-from hap.curvature.fisher import _sample
+from hap.curvature import GateFisher, GateGGN, measure
 from hap.errors import HapError
 
 
@@ -22,6 +21,38 @@ def test_ggn_is_the_dense_one(case):
     torch.testing.assert_close(stderr, rows.std(0) / len(rows) ** 0.5, rtol=1e-10, atol=1e-13)
     assert (values > 0).all()
     assert (result.samples, result.draws, result.criterion) == (case.examples, 0, "gate-ggn")
+
+
+def loss_gradients(case):
+    """d cross-entropy / d gates of every example, from open gates."""
+    logits, jacobians = case.jacobians()
+    return torch.einsum("nc,ncp->np", logits.softmax(1) - F.one_hot(case.labels(), logits.shape[1]), jacobians)
+
+
+def test_empirical_fisher_is_the_dense_one(case):
+    rows = loss_gradients(case).square() / 2
+    result = measure(case.model, case.batches, None, case.structure, criterion="gate-empirical")
+    values, stderr = both(case, result)
+    torch.testing.assert_close(values, rows.mean(0), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(stderr, rows.std(0) / len(rows) ** 0.5, rtol=1e-10, atol=1e-13)
+    assert (result.samples, result.draws, result.criterion) == (case.examples, 0, "gate-empirical")
+
+
+def test_first_order_is_taken_off(case):
+    rows = case.gate_curvature() - loss_gradients(case)
+    result = measure(case.model, case.batches, None, case.structure, criterion=GateGGN(first_order=True))
+    values, stderr = both(case, result)
+    torch.testing.assert_close(values, rows.mean(0), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(stderr, rows.std(0) / len(rows) ** 0.5, rtol=1e-10, atol=1e-13)
+    assert result.criterion == "gate-ggn + first order"
+
+
+def test_first_order_of_sampled_labels(case):
+    plain = measure(case.model, case.batches, None, case.structure, draws=3)
+    result = measure(case.model, case.batches, None, case.structure, criterion=GateFisher(first_order=True), draws=3)
+    expected = both(case, plain)[0] - loss_gradients(case).mean(0)
+    torch.testing.assert_close(both(case, result)[0], expected, rtol=1e-10, atol=1e-13)
+    assert result.criterion == "gate-fisher + first order"
 
 
 def test_fisher_estimates_the_ggn_with_calibrated_errors(many):
@@ -127,12 +158,6 @@ def test_another_loss_is_refused(mlp, criterion, loss):
     assert "taylor" in caught.value.remedy
 
 
-def test_a_loss_without_classes_is_refused(mlp):
-    regression = [(x, torch.zeros(len(x), 3, dtype=torch.float64)) for x, _ in mlp.batches]
-    with pytest.raises(HapError, match="needs cross-entropy"):
-        measure(mlp.model, regression, lambda out, batch: F.mse_loss(out, batch[1]), mlp.structure)
-
-
 def test_the_models_own_loss_is_checked(mlp):
     class Own(nn.Module):
         def __init__(self, factor):
@@ -168,15 +193,6 @@ def test_logits_that_are_not_finite_are_refused(mlp):
     bad = [(torch.full_like(x, torch.nan), y) for x, y in mlp.batches]
     with pytest.raises(HapError, match="not finite"):
         measure(mlp.model, bad, None, mlp.structure)
-
-
-def test_labels_follow_the_probabilities():
-    """Rounding may leave the probabilities' sum below one: classes of probability zero must not catch the rest."""
-    p = torch.tensor([0.0, 0.2, 0.0, 0.3, 0.0])  # the sum is 1/2
-    labels = _sample(p.log().expand(4000, 5), torch.Generator().manual_seed(0))
-    counts = torch.bincount(labels, minlength=5)
-    assert counts.nonzero().flatten().tolist() == [1, 3]
-    assert abs(counts[1] / 4000 - 0.4) < 4 * (0.24 / 4000) ** 0.5
 
 
 def test_masked_classes_are_never_sampled(mlp):

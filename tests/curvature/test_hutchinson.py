@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hap.curvature import measure
-from hap.curvature.hutchinson import _signs
+from hap.curvature.hutchinson import random_signs as _signs
 from hap.errors import HapError
 from hap.types import Layer, Structure
 

@@ -1,4 +1,4 @@
-"""The criteria to compare with: first-order Taylor, magnitude, chance."""
+"""The criteria to compare with that need no more than the gradient of the loss, or chance."""
 
 from __future__ import annotations
 
@@ -25,16 +25,47 @@ class Taylor(Criterion):
     def score(self, problem: Problem) -> Scores:
         """See the class."""
         groups = groups_of(problem.model, problem.structure)
-        counts, sums = [], []
-        for batch in problem.batches(self.name):
-            counts.append(batches.size(batch))
-            sums.append(_gradient_times_weight(problem, groups, batch))
-        share = torch.tensor(counts, dtype=torch.float64).unsqueeze(1) / sum(counts)
-        rows = torch.stack(sums)
-        mean = (share * rows).sum(0)
-        unbiased = len(rows) / (len(rows) - 1) if len(rows) > 1 else torch.nan
-        variance = (share * (rows - mean)).square().sum(0) * unbiased
-        return groups.layout.scores(mean.abs(), variance.sqrt(), samples=sum(counts), draws=0)
+        counts, sums = _gradients_times_weights(problem, groups, self.name)
+        mean, stderr = _mean_of_batches(sums, counts)
+        return groups.layout.scores(mean.abs(), stderr, samples=int(counts.sum()), draws=0)
+
+
+@register
+class EmpiricalFisher(Criterion):
+    """``1/2 sum_b n_b / N * n_b (g_b . w_p)^2``, with g_b the gradient of the mean loss of batch b, of n_b examples.
+
+    With one example in each batch it is ``1/2 w_p' F_pp w_p`` with F = E[g g'], the empirical Fisher: labels are the
+    data's, not the model's. In larger batches the g of examples add up before they are squared; where the mean
+    gradient is 0, at a minimum, n_b (g_b . w_p)^2 has the same expectation still. Elsewhere it grows with n_b: compare
+    scores of equal batch sizes only. (The square of Molchanov et al., CVPR 2019, equation 8, over a filter's weights.)
+    The standard error is from the spread over batches; NaN when there is only one.
+    """
+
+    name: ClassVar[str] = "empirical-fisher"
+
+    def score(self, problem: Problem) -> Scores:
+        """See the class."""
+        groups = groups_of(problem.model, problem.structure)
+        counts, sums = _gradients_times_weights(problem, groups, self.name)
+        mean, stderr = _mean_of_batches(counts * sums.square() / 2, counts)
+        return groups.layout.scores(mean, stderr, samples=int(counts.sum()), draws=0)
+
+
+def _gradients_times_weights(problem: Problem, groups: Groups, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batches' sizes, (batches, 1), and ``g_b . w_p`` for every unit and filter, (batches, units and filters)."""
+    counts, sums = [], []
+    for batch in problem.batches(name):
+        counts.append(batches.size(batch))
+        sums.append(_gradient_times_weight(problem, groups, batch))
+    return torch.tensor(counts, dtype=torch.float64).unsqueeze(1), torch.stack(sums)
+
+
+def _mean_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of batches' rows, weighted with their sizes, and its standard error from their spread."""
+    share = counts / counts.sum()
+    mean = (share * rows).sum(0)
+    unbiased = len(rows) / (len(rows) - 1) if len(rows) > 1 else torch.nan
+    return mean, ((share * (rows - mean)).square().sum(0) * unbiased).sqrt()
 
 
 def _gradient_times_weight(problem: Problem, groups: Groups, batch: batches.Batch) -> torch.Tensor:
@@ -42,20 +73,6 @@ def _gradient_times_weight(problem: Problem, groups: Groups, batch: batches.Batc
     loss = batches.checked(problem.loss)(batches.forward(problem.model, batch), batch)
     gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
     return groups.sums({name: g * groups.weights[name] for name, g in zip(weights, gradients, strict=True)})
-
-
-@register
-class Magnitude(Criterion):
-    """The L2 norm of a unit's or filter's weights (Li et al., ICLR 2017, use L1). Reads no data."""
-
-    name: ClassVar[str] = "magnitude"
-    needs_data: ClassVar[bool] = False
-
-    def score(self, problem: Problem) -> Scores:
-        """See the class."""
-        groups = groups_of(problem.model, problem.structure)
-        norms = groups.sums({name: weight.square() for name, weight in groups.weights.items()}).sqrt()
-        return groups.layout.scores(norms, torch.zeros_like(norms), samples=0, draws=0)
 
 
 @register

@@ -32,6 +32,9 @@ class Problem:
         draws: random draws per example or batch; 0 for a criterion that makes none.
         seed: seed of all randomness, see `generator`.
         progress: wraps the loop over batches.
+        gram: also give the Gram matrix, see `Scores`.
+        max_memory: bytes that saved activations may take; None for no limit.
+        autocast: dtype of the forward pass under `torch.autocast`; None for none.
     """
 
     model: nn.Module
@@ -42,6 +45,9 @@ class Problem:
     draws: int = 0
     seed: int = 0
     progress: Progress = silent
+    gram: bool = False
+    max_memory: int | None = None
+    autocast: torch.dtype | None = None
 
     def batches(self, description: str) -> Iterator[batches.Batch]:
         """The first `samples` examples on the model's device.
@@ -69,6 +75,7 @@ class Scores:
     stderr: Mapping[str, torch.Tensor]
     filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gram: torch.Tensor | None = None
 
 
 class Criterion(ABC):
@@ -78,6 +85,9 @@ class Criterion(ABC):
         name: the name in `CRITERIA` and in results.
         default_draws: draws when the caller names none; 0 for a criterion that makes none.
         needs_data: whether it reads batches.
+        has_gram: whether it knows the second derivatives between all pairs of units (``gram=True``).
+        gate_based: whether it takes the options ``max_memory`` and ``autocast``.
+        label: the name in results, with the options that make another criterion of it.
 
     >>> class Last(Criterion):
     ...     name = "last"
@@ -96,6 +106,13 @@ class Criterion(ABC):
     name: ClassVar[str]
     default_draws: ClassVar[int] = 0
     needs_data: ClassVar[bool] = True
+    has_gram: ClassVar[bool] = False
+    gate_based: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """See the class."""
+        return self.name
 
     @abstractmethod
     def score(self, problem: Problem) -> Scores:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -9,8 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores, register
+from hap.curvature.draws import averaged, need_draws
 from hap.curvature.reduce import Groups, groups_of
 from hap.errors import HapError
+
+Weights = Mapping[str, torch.Tensor]
+Product = Callable[[Weights], dict[str, torch.Tensor]]
 
 
 @register
@@ -21,10 +27,7 @@ class HessianTrace(Criterion):
     at once: ``E_v[v_p . (H v)_p]`` with v of independent random signs (Hutchinson 1990). For a unit, p is the
     union of its rows in all its producers.
 
-    `draws` probes are made *per batch*, independent between batches: for the same cost this says more than the
-    same probes for every batch, because their errors average out over batches. The standard error is that of
-    the estimate given the data, ``sqrt(sum_b (n_b / N)^2 var_b / draws)`` times ``||w_p||^2 / (2 |p|)``.
-    The gradient's graph is built once a batch and kept for its probes.
+    `draws` probes are made per batch. The gradient's graph is built once a batch and kept for them.
     """
 
     name: ClassVar[str] = "hessian-trace"
@@ -36,31 +39,39 @@ class HessianTrace(Criterion):
         Raises:
             HapError: fewer than two draws, or no weight to score.
         """
-        if problem.draws < 2:
-            raise HapError(
-                "hessian-trace needs at least two draws",
-                expected="draws >= 2: the standard error comes from the spread between them",
-                got=str(problem.draws),
-                remedy=f"leave draws out for the default of {self.default_draws}",
-            )
+        need_draws(problem, self.name, least=2, default=self.default_draws)
         groups = groups_of(problem.model, problem.structure)
-        trace = torch.zeros(groups.layout.size, dtype=torch.float64)
-        variance = torch.zeros_like(trace)
-        examples = 0
-        for number, batch in enumerate(problem.batches(self.name)):
-            probes = _probes(problem, groups, batch, number)
-            count = batches.size(batch)
-            trace += count * probes.mean(0)
-            variance += count**2 * probes.var(0) / problem.draws
-            examples += count
-        squares = groups.sums({name: weight.square() for name, weight in groups.weights.items()})
-        numbers = groups.sums({name: torch.ones_like(weight) for name, weight in groups.weights.items()})
-        factor = squares / (2 * numbers.clamp(min=1) * examples)
-        return groups.layout.scores(factor * trace, factor * variance.sqrt(), samples=examples, draws=problem.draws)
+
+        def draws(batch: batches.Batch, number: int) -> tuple[torch.Tensor, float]:
+            generators = [problem.generator("probe", number, draw) for draw in range(problem.draws)]
+            with hessian(problem, groups, batch) as multiply:
+                probes = torch.stack([_probe(groups, multiply, generator) for generator in generators])
+            return probes, batches.size(batch)
+
+        found = averaged(problem, self.name, draws)
+        factor = relative(groups)
+        return groups.layout.scores(
+            factor * found.mean, factor * found.stderr, samples=found.samples, draws=problem.draws
+        )
 
 
-def _probes(problem: Problem, groups: Groups, batch: batches.Batch, number: int) -> torch.Tensor:
-    """``v * Hv`` summed over every unit and filter, for each probe on one batch: (draws, units and filters)."""
+def relative(groups: Groups) -> torch.Tensor:
+    """``||w_p||^2 / (2 |p|)`` for every unit and filter: what makes a trace a sensitivity (HAP, section 3)."""
+    squares = groups.sums({name: weight.square() for name, weight in groups.weights.items()})
+    numbers = groups.sums({name: torch.ones_like(weight) for name, weight in groups.weights.items()})
+    return squares / (2 * numbers.clamp(min=1))
+
+
+@contextmanager
+def hessian(problem: Problem, groups: Groups, batch: batches.Batch) -> Iterator[Product]:
+    """Multiplies vectors by the Hessian of one batch's mean loss in the weights of `groups`, zero for other weights.
+
+    The gradient's graph is built once and gone back through for each product (Pearlmutter 1994). That is cheaper than
+    building it for each product, and than forward-over-reverse: see docs/criteria.md for what each costs.
+
+    Raises:
+        HapError: the loss does not depend on the weights.
+    """
     weights = groups.only_require_grad(problem.model)
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
@@ -72,16 +83,18 @@ def _probes(problem: Problem, groups: Groups, batch: batches.Batch, number: int)
                 remedy="look for torch.no_grad or .detach() in the model and the loss",
             )
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
-        sums = []
-        for draw in range(problem.draws):
-            signs = _signs(weights, problem.generator("probe", number, draw))
-            products = _hessian_vector_product(gradients, weights, signs)
-            sums.append(groups.sums({name: signs[name] * products[name] for name in weights}))
-    return torch.stack(sums)
+        yield lambda vector: _hessian_vector_product(gradients, weights, vector)
+
+
+def _probe(groups: Groups, multiply: Product, generator: torch.Generator) -> torch.Tensor:
+    """``v * Hv`` summed over every unit and filter, for one vector of signs."""
+    signs = random_signs(groups.weights, generator)
+    products = multiply(signs)
+    return groups.sums({name: signs[name] * products[name] for name in signs})
 
 
 def _hessian_vector_product(
-    gradients: tuple[torch.Tensor | None, ...], weights: dict[str, torch.Tensor], vector: dict[str, torch.Tensor]
+    gradients: tuple[torch.Tensor | None, ...], weights: Weights, vector: Weights
 ) -> dict[str, torch.Tensor]:
     """``H v``; zero where the gradient does not depend on a weight."""
     pairs = [(g, vector[n]) for n, g in zip(weights, gradients, strict=True) if g is not None and g.requires_grad]
@@ -94,18 +107,18 @@ def _hessian_vector_product(
     return dict(zip(weights, products, strict=True))
 
 
-def _signs(weights: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Independent random signs, one for each weight.
+def random_signs(like: Weights, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Independent random signs, one for each element of the tensors.
 
-    Drawn on the CPU as bytes and unpacked on the weights' device: 8 signs for each number drawn and byte sent.
+    Drawn on the CPU as bytes and unpacked on the tensors' device: 8 signs for each number drawn and byte sent.
     """
-    total = sum(weight.numel() for weight in weights.values())
+    total = sum(tensor.numel() for tensor in like.values())
     packed = torch.randint(256, (-(-total // 8),), generator=generator, dtype=torch.uint8)
-    device = next(iter(weights.values())).device
+    device = next(iter(like.values())).device
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     bits = (packed.to(device).unsqueeze(1) >> shifts & 1).flatten()[:total]
-    parts = bits.split([weight.numel() for weight in weights.values()])
+    parts = bits.split([tensor.numel() for tensor in like.values()])
     return {
-        name: part.view(weight.shape).to(weight.device, weight.dtype) * 2 - 1
-        for part, (name, weight) in zip(parts, weights.items(), strict=True)
+        name: part.view(tensor.shape).to(tensor.device, tensor.dtype) * 2 - 1
+        for part, (name, tensor) in zip(parts, like.items(), strict=True)
     }

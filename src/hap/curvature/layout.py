@@ -35,6 +35,11 @@ class Layout:
         return sum(self.sizes)
 
     @property
+    def units(self) -> int:
+        """Number of units: the length of the families' part."""
+        return sum(f.size for f in self.families)
+
+    @property
     def offsets(self) -> list[int]:
         """Where each part starts: the families' first, then the layers'."""
         return list(accumulate(self.sizes[:-1], initial=0))

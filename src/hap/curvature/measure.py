@@ -26,6 +26,9 @@ def measure(
     draws: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    gram: bool = False,
+    max_memory: int | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Sensitivity:
     """How much every unit and filter matters to the loss, with a standard error for each.
 
@@ -35,12 +38,19 @@ def measure(
         model: the dense model; runs on its own device and dtype.
         batches: calibration batches, read once; None for a criterion that needs no data.
         loss: ``loss(outputs, batch) -> scalar``; None means cross-entropy of the logits, or ``outputs.loss``.
+            gate-fisher and gate-ggn need one that is a likelihood, and find out which: cross-entropy (of axis 1, of the
+            last axis, or of the next token), binary cross-entropy of logits, or mean squared error.
         structure: what `hap.trace` found in this model.
         criterion: a name in `CRITERIA`, or an instance of `Criterion`.
         samples: the number of examples to use, at most.
         draws: random draws per example (gate-fisher) or probes per batch (hessian-trace); None for the default.
         seed: same seed and data, same result.
         progress: wraps the loop over batches.
+        gram: also give the matrix of second derivatives between all units (gate-fisher, gate-ggn, gate-empirical).
+        max_memory: bytes that the activations saved for a backward pass may take; batches are cut to fit, which does
+            not change the scores. Gate criteria only; with `gram`, also bounds what adding to the matrix takes.
+        autocast: run the forward pass under `torch.autocast` with this dtype, bfloat16 or float16. Sums stay in
+            float32 for each sample and in float64 over samples. Gate criteria only.
 
     Returns:
         Scores of units by family and of filters by layer, float64 on the CPU.
@@ -59,20 +69,22 @@ def measure(
             got="None",
             remedy="pass a list or a DataLoader; magnitude and random need no data",
         )
+    _check_options(chosen, gram, max_memory, autocast)
     count = chosen.default_draws if draws is None else draws
-    problem = Problem(model, batches, loss, structure, samples, count, seed, progress)
+    problem = Problem(model, batches, loss, structure, samples, count, seed, progress, gram, max_memory, autocast)
     # inference_mode(False) also turns gradients on, should the caller have turned them off.
     with data.evaluating(model), _gradients_kept(model), torch.inference_mode(False):
         found = chosen.score(problem)
     _check_scores(chosen.name, structure, found.scores, found.stderr)
     return Sensitivity(
-        criterion=chosen.name,
+        criterion=chosen.label,
         samples=found.samples,
         draws=found.draws,
         scores=_plain(found.scores),
         stderr=_plain(found.stderr),
         filters=_plain(found.filters),
         filters_stderr=_plain(found.filters_stderr),
+        gram=found.gram,
     )
 
 
@@ -119,6 +131,27 @@ def _check_counts(criterion: Criterion, samples: int, draws: int | None) -> None
         )
     if draws < 1:
         raise HapError("there are no draws to make", expected="draws >= 1", got=str(draws))
+
+
+def _check_options(criterion: Criterion, gram: bool, max_memory: int | None, autocast: torch.dtype | None) -> None:
+    with_gram = ", ".join(sorted(name for name, known in CRITERIA.items() if known.has_gram))
+    gate_based = ", ".join(sorted(name for name, known in CRITERIA.items() if known.gate_based))
+    if gram and not criterion.has_gram:
+        raise HapError(
+            f"{criterion.name} knows nothing of pairs of units", expected=f"gram=True with {with_gram}", got="gram=True"
+        )
+    for option, value in (("max_memory", max_memory), ("autocast", autocast)):
+        if value is not None and not criterion.gate_based:
+            raise HapError(
+                f"{criterion.name} has no option {option}",
+                expected=f"{option} with {gate_based}",
+                got=f"{option}={value}",
+                remedy=f"leave {option} out; smaller batches take less memory",
+            )
+    if max_memory is not None and max_memory < 1:
+        raise HapError("there is no memory to use", expected="max_memory >= 1, in bytes", got=str(max_memory))
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise HapError("autocast needs a half precision", expected="bfloat16 or float16", got=str(autocast))
 
 
 def _check_structure(model: nn.Module, structure: Structure) -> None:

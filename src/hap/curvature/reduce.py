@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +10,17 @@ from torch import nn
 
 from hap.curvature.layout import Layout
 from hap.errors import HapError
-from hap.types import Layer, Structure
+from hap.types import Layer, Role, Structure
 
-_Rows = tuple[str, int, int]  # weight, the axis whose rows are summed, number of groups laid along axis 0
+Rows = tuple[str, int, int]  # weight, the axis whose rows are summed, number of groups laid along axis 0
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
     """The groups of weights that belong to each unit and each filter.
 
-    A unit owns its rows in *all* its producers; a filter is one row of one layer.
+    A unit owns its rows in *all* members of some roles (its producers, if none are named); a filter is one row of
+    one layer.
 
     Attributes:
         layout: order of the flat result.
@@ -30,15 +31,19 @@ class Groups:
 
     layout: Layout
     weights: Mapping[str, torch.Tensor]
-    rows: tuple[_Rows, ...]
+    rows: tuple[Rows, ...]
     source: torch.Tensor
     target: torch.Tensor
 
     def sums(self, quantity: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum a quantity, one tensor like each weight, over every unit and filter: flat, float64, CPU."""
-        sums = torch.cat([_row_sums(quantity[name], axis, groups) for name, axis, groups in self.rows])
+        return self.gather([_row_sums(quantity[name], axis, groups) for name, axis, groups in self.rows])
+
+    def gather(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum a value for each row, one tensor for each of `rows`, over every unit and filter: flat, float64, CPU."""
         flat = torch.zeros(self.layout.size, dtype=torch.float64)
-        return flat.index_add_(0, self.target, sums.to("cpu").double()[self.source])
+        every = torch.cat([value.to("cpu").double() for value in values])
+        return flat.index_add_(0, self.target, every[self.source])
 
     def only_require_grad(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Let these weights alone require gradients, so that autograd does no work for others; returns them."""
@@ -47,20 +52,24 @@ class Groups:
         return {name: parameters[name].requires_grad_() for name in self.weights}
 
 
-def groups_of(model: nn.Module, structure: Structure) -> Groups:
+def groups_of(model: nn.Module, structure: Structure, *, roles: Sequence[Role] = ("producer",)) -> Groups:
     """The `Groups` of a model.
+
+    Args:
+        roles: the members that make up a unit; of followers and consumers, the parameters among them. A weight
+            that a unit owns by two axes (a recurrent one) has the elements where they cross counted twice.
 
     Raises:
         HapError: a unit is produced by something that is not a parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layout = Layout.of(structure)
-    starts: dict[_Rows, int] = {}
+    starts: dict[Rows, int] = {}
     end = 0
     source: list[int] = []
     target: list[int] = []
 
-    def start(rows: _Rows, count: int) -> int:
+    def start(rows: Rows, count: int) -> int:
         nonlocal end
         if rows not in starts:
             starts[rows] = end
@@ -68,8 +77,12 @@ def groups_of(model: nn.Module, structure: Structure) -> Groups:
         return starts[rows]
 
     for family, offset in layout.unit_offsets():
-        for member in family.roles("producer"):
+        for member in family.members:
+            if member.role not in roles:
+                continue
             if member.parameter not in parameters:
+                if member.role != "producer":
+                    continue  # a buffer, such as a running mean
                 raise HapError(
                     f"family {family.name!r} is produced by {member.parameter!r}, which is not a parameter",
                     expected="producers that are trained weights",
@@ -92,7 +105,24 @@ def _stacked(layer: Layer) -> int:
     return layer.groups if layer.transposed else 1
 
 
-def _row_sums(tensor: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+    """The rows of a tensor along an axis, each laid flat: (rows, elements), as `Groups.rows` counts them."""
     rows = tensor.unflatten(0, (groups, -1)).movedim(axis + 1, 1).flatten(0, 1)
+    return rows.reshape(len(rows), -1)
+
+
+def scale_rows(tensor: torch.Tensor, factors: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
+    """The tensor with each of its rows, as `rows_of` lays them, multiplied by a factor.
+
+    >>> scale_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0]), 1, 1).tolist()
+    [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    """
+    stacked = tensor.unflatten(0, (groups, -1))
+    shape = [1] * stacked.ndim
+    shape[0], shape[axis + 1] = groups, stacked.shape[axis + 1]
+    return (stacked * factors.view(shape).to(tensor)).flatten(0, 1)
+
+
+def _row_sums(tensor: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
     # The rows are short enough for the weights' own precision; half precision is not enough.
-    return rows.flatten(1).sum(1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return rows_of(tensor, axis, groups).sum(1, dtype=torch.promote_types(tensor.dtype, torch.float32))
