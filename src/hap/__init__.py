@@ -7,7 +7,7 @@
 >>> data = [(torch.randn(16, 4), torch.randint(2, (16,)))]
 >>> result = hap.prune(net, data, None, hap.Budget(params=0.5))
 >>> result.model[0].out_features, result.verification.ok
-(4, True)
+(3, True)
 """
 
 from importlib import metadata
