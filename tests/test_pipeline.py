@@ -131,3 +131,19 @@ def test_an_interrupt_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         run(model, data, hap.Budget(params=0.5), tmp_path / "run", training=Training(epochs=0), samples=64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_measures_until_settled_at_the_budget(
+    model: nn.Module, data: zoo.DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def noting(*args: Any, **options: Any) -> hap.Sensitivity:
+        asked.update(options)
+        return hap.measure(*args, **{**options, "risk": 0.5})
+
+    monkeypatch.setattr("hap.pipeline.measure", noting)
+    result = hap.prune(model, data.calibration, None, hap.Budget(params=0.7, macs=0.6), samples="auto")
+    assert (asked["samples"], asked["keep"], asked["cap"]) == ("auto", 0.6, 8192)
+    assert result.sensitivity.samples == 128
+    assert result.verification.ok

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from hap.batches import Batch, Loss, arguments, device_of, take, to_device
-from hap.checkpoint import fresh_directory, refuse_existing, stored_bytes, versions, write
+from hap.checkpoint import fresh_directory, refuse_existing, stored_bytes, write
 from hap.curvature import Criterion, measure
 from hap.errors import HapError, unknown
-from hap.planning import Latency, Plan, decide, measure_latency
+from hap.planning import Latency, Plan, decide, measure_latency, versions
 from hap.report import Comparison, Measured, sensitivity_plot, table, width_plot, write_json
 from hap.structure import trace
 from hap.surgery import apply, refit_, verify
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Recover = Literal["recalibrate", "refit", "none"]
 BATCH = 32  # images in the larger input that is timed
+CAP = 8192  # calibration examples, at most, where their number is not given
+FIT = 512  # of these, the examples that implants are fitted on
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def prune(
     *,
     criterion: str | Criterion = "gate-fisher",
     implant_ratio: float = 0.1,
-    samples: int = 512,
+    samples: int | Literal["auto"] = 512,
     draws: int | None = None,
     seed: int = 0,
     floor: int = 1,
@@ -64,12 +66,13 @@ def prune(
 
     Args:
         model: the trained model.
-        batches: calibration data, from the training set; read once, up to `samples` examples.
+        batches: calibration data, from the training set; read once, up to `samples` examples, 8192 for "auto".
         loss: ``loss(outputs, batch)``; None for cross-entropy of the logits or the model's own loss.
         budget: what may remain.
         criterion, draws: see `hap.measure`.
         implant_ratio, floor, round_to, inexact: see `hap.decide`.
-        samples: calibration examples, for measuring and for fitting the implants.
+        samples: calibration examples, for measuring and for fitting the implants. "auto" measures until the ranking
+            is settled where the budget's fraction of the units stays (see `hap.measure`), and fits on 512.
         seed: of everything drawn at random.
         ignore: see `hap.trace`.
         progress: shows how far the stages are.
@@ -77,16 +80,27 @@ def prune(
     Raises:
         HapError: as the stages do; or the pruned model does not compute what the plan promised.
     """
-    data = list(take(batches, samples, device_of(model)))
+    data = list(take(batches, CAP if isinstance(samples, str) else samples, device_of(model)))
     args, kwargs = arguments(data[0])
     structure = _step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
     sensitivity = measure(
-        model, data, loss, structure, criterion=criterion, samples=samples, draws=draws, seed=seed, progress=progress
+        model,
+        data,
+        loss,
+        structure,
+        criterion=criterion,
+        samples=samples,
+        keep=_fraction(budget) if samples == "auto" else None,
+        cap=CAP,
+        draws=draws,
+        seed=seed,
+        progress=progress,
     )
     plan = decide(
         structure, sensitivity, budget, implant_ratio=implant_ratio, floor=floor, round_to=round_to, inexact=inexact
     )
-    small = apply(model, plan, data, samples=samples, progress=progress)
+    plan = dataclasses.replace(plan, options={**plan.options, "seed": seed})
+    small = apply(model, plan, data, samples=FIT if isinstance(samples, str) else samples, progress=progress)
     verification = _step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
     if not verification.ok:
         raise HapError(
@@ -96,6 +110,11 @@ def prune(
             remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
         )
     return Result(small, structure, sensitivity, plan, verification)
+
+
+def _fraction(budget: Budget) -> float:
+    """The tightest fraction that may remain: near enough to the fraction of units for a look at the ranking."""
+    return min(fraction for fraction in (budget.params, budget.macs) if fraction is not None)
 
 
 def _step(progress: Progress, description: str, work: Callable[[], T]) -> T:

@@ -156,3 +156,12 @@ def test_the_library_never_seeds_the_callers_generator(tmp_path: Path, weights: 
     before = torch.get_rng_state()
     digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "1")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples_is_a_number_or_auto(tmp_path: Path, weights: Path) -> None:
+    common = ("--keep-params", "0.6", "--epochs", "0", "--samples")
+    code, text = digits(tmp_path / "run", weights, *common, "auto")
+    assert code == 0, text
+    code, text = digits(tmp_path / "other", weights, *common, "many")
+    assert code == 2 and "give a number or auto" in text
+    assert not (tmp_path / "other").exists()

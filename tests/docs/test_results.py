@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -23,3 +24,13 @@ def test_criteria_table() -> None:
     rows = benchmark._read(ROOT / "benchmarks" / "results" / "criteria.jsonl", setting)
     assert len(rows) >= 6
     assert benchmark._table(rows) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_sampling_table_and_promise() -> None:
+    benchmark = load(ROOT / "benchmarks" / "sampling.py")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sampling.json").read_text())["rows"]
+    page = (ROOT / "docs" / "curvature.md").read_text()
+    assert benchmark.filled(page, rows) == page
+    for row in rows:
+        wrong = [run["misplaced"] for run in benchmark.settled_runs(row)]
+        assert len(wrong) >= 20 and sum(wrong) / len(wrong) < row["risk"]

@@ -8,6 +8,7 @@ from torch import nn
 
 import hap
 from hap import Budget, HapError, decide
+from hap.planning import versions
 
 
 def fractions(plan: hap.Plan) -> dict[str, float]:
@@ -190,6 +191,7 @@ def test_the_plan_records_what_was_asked_for(structure, sensitivity) -> None:
     plan = decide(structure, given, Budget(macs=0.8), implant_ratio=0.2, floor=2, round_to=2)
     assert (plan.criterion, plan.budget) == ("mine", Budget(macs=0.8))
     assert plan.options == {
+        "versions": versions(),
         "implant_ratio": 0.2, "floor": 2, "round_to": 2, "inexact": False, "samples": 7, "draws": 2
     }  # fmt: skip
     assert set(plan.decisions) == {f.name for f in structure.families}

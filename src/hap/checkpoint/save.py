@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -19,7 +16,7 @@ from torch import nn
 from hap.checkpoint.card import card
 from hap.checkpoint.directory import fresh_directory
 from hap.errors import HapError
-from hap.planning import Plan
+from hap.planning import Plan, versions
 from hap.surgery import apply_
 
 MODEL, PLAN, CARD = "model.safetensors", "plan.json", "README.md"
@@ -85,15 +82,6 @@ def write(
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
     (directory / CARD).write_text(card(plan, versions(), results or {}), encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
-
-
-def versions() -> dict[str, str]:
-    """The versions of what made a result."""
-    try:
-        own = metadata.version("torch-hap")
-    except metadata.PackageNotFoundError:  # used from a source tree that was not installed
-        own = "unknown"
-    return {"hap": own, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,7 +30,9 @@ def prune(
     implant_ratio: Annotated[
         float, typer.Option(help="Of the filters to prune, the most sensitive share that gets implants; 0: none.")
     ] = 0.1,
-    samples: Annotated[int, typer.Option(help="Calibration images.")] = 512,
+    samples: Annotated[
+        str, typer.Option(help="Calibration images; auto: until the ranking is settled, 8192 at most.")
+    ] = "512",
     draws: Annotated[
         int | None, typer.Option(help="Probes per batch, or labels per image; default by criterion.")
     ] = None,
@@ -78,7 +80,7 @@ def prune(
             progress=bars,
             criterion=criterion,
             implant_ratio=implant_ratio,
-            samples=samples,
+            samples=_count(samples),
             draws=draws,
             floor=floor,
             round_to=round_to,
@@ -86,3 +88,12 @@ def prune(
             ignore=ignore or (),
         )
     show(done)
+
+
+def _count(samples: str) -> int | Literal["auto"]:
+    if samples == "auto":
+        return "auto"
+    try:
+        return int(samples)
+    except ValueError:
+        raise typer.BadParameter("give a number or auto", param_hint="--samples") from None

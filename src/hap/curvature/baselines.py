@@ -10,6 +10,7 @@ from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores, register
 from hap.curvature.layout import Layout
 from hap.curvature.reduce import Groups, groups_of
+from hap.curvature.sums import Rows
 
 
 @register
@@ -21,6 +22,7 @@ class Taylor(Criterion):
     """
 
     name: ClassVar[str] = "taylor"
+    resumable: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Scores:
         """See the class."""
@@ -42,6 +44,7 @@ class EmpiricalFisher(Criterion):
     """
 
     name: ClassVar[str] = "empirical-fisher"
+    resumable: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Scores:
         """See the class."""
@@ -53,11 +56,10 @@ class EmpiricalFisher(Criterion):
 
 def _gradients_times_weights(problem: Problem, groups: Groups, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The batches' sizes, (batches, 1), and ``g_b . w_p`` for every unit and filter, (batches, units and filters)."""
-    counts, sums = [], []
-    for batch in problem.batches(name):
-        counts.append(batches.size(batch))
-        sums.append(_gradient_times_weight(problem, groups, batch))
-    return torch.tensor(counts, dtype=torch.float64).unsqueeze(1), torch.stack(sums)
+    rows = Rows()
+    for number, batch in problem.share(name, rows):
+        rows.add(number, batches.size(batch), _gradient_times_weight(problem, groups, batch))
+    return rows.sorted()
 
 
 def _mean_of_batches(rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

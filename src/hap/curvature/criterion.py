@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from hap import batches
+from hap.batches import Batch
+from hap.curvature.sums import Part
+from hap.curvature.walk import Skipped, Walk
 from hap.errors import HapError
 from hap.types import Progress, Structure, silent
 
@@ -35,6 +38,7 @@ class Problem:
         gram: also give the Gram matrix, see `Scores`.
         max_memory: bytes that saved activations may take; None for no limit.
         autocast: dtype of the forward pass under `torch.autocast`; None for none.
+        walk: which batches are this process's, and where what was added up is kept, see `share`.
     """
 
     model: nn.Module
@@ -48,6 +52,7 @@ class Problem:
     gram: bool = False
     max_memory: int | None = None
     autocast: torch.dtype | None = None
+    walk: Walk = field(default_factory=Walk)
 
     def batches(self, description: str) -> Iterator[batches.Batch]:
         """The first `samples` examples on the model's device.
@@ -57,6 +62,20 @@ class Problem:
         """
         taken = batches.take(self.data, self.samples, batches.device_of(self.model))
         return iter(self.progress(taken, description))
+
+    def share(
+        self,
+        description: str,
+        *parts: Part,
+        generators: Sequence[torch.Generator] = (),
+        skipped: Skipped | None = None,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Of the batches, those that are this process's to compute, with their numbers: see `Walk.over`.
+
+        All that the loop finds out must be in `parts`, which hold the sums over all processes when it ends. The
+        criterion is then `Criterion.resumable`.
+        """
+        return self.walk.over(self.batches(description), parts, generators, skipped)
 
     def generator(self, *key: str | int) -> torch.Generator:
         """A generator of its own for each key, on the CPU so that results do not depend on the device."""
@@ -87,6 +106,11 @@ class Criterion(ABC):
         needs_data: whether it reads batches.
         has_gram: whether it knows the second derivatives between all pairs of units (``gram=True``).
         gate_based: whether it takes the options ``max_memory`` and ``autocast``.
+        additive: whether its scores are means over examples, so that those of chunks of the data can be merged
+            (``samples="auto"``).
+        resumable: whether it reads batches by `Problem.share`, so that it can be interrupted (``state=``), and several
+            processes share the work. If not, every process does all of it.
+        covers_data: whether its standard errors are from the spread over examples; else they hold given the data.
         label: the name in results, with the options that make another criterion of it.
 
     >>> class Last(Criterion):
@@ -108,6 +132,9 @@ class Criterion(ABC):
     needs_data: ClassVar[bool] = True
     has_gram: ClassVar[bool] = False
     gate_based: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+    resumable: ClassVar[bool] = False
+    covers_data: ClassVar[bool] = False
 
     @property
     def label(self) -> str:

@@ -9,6 +9,8 @@ import torch
 
 from hap import batches
 from hap.curvature.criterion import Problem
+from hap.curvature.sums import Sums
+from hap.curvature.walk import Skipped
 from hap.errors import HapError
 
 Draws = Callable[[batches.Batch, int], tuple[torch.Tensor, float]]
@@ -27,7 +29,14 @@ class Averaged:
     samples: int
 
 
-def averaged(problem: Problem, criterion: str, draws: Draws, *, says: torch.Tensor | None = None) -> Averaged:
+def averaged(
+    problem: Problem,
+    criterion: str,
+    draws: Draws,
+    *,
+    says: torch.Tensor | None = None,
+    skipped: Skipped | None = None,
+) -> Averaged:
     """Averages estimates of a mean over the terms of a loss (its examples, or the tokens of texts).
 
     Draws are independent between batches: for the same cost this says more than the same draws for every batch,
@@ -40,22 +49,21 @@ def averaged(problem: Problem, criterion: str, draws: Draws, *, says: torch.Tens
             mean, and the number of terms.
         says: (draws, quantities) of bool: which draw says something about which quantity; None: each about all.
             At least two say something about each.
+        skipped: see `Walk.over`.
 
     Raises:
         HapError: there is no data, or none of it counts.
     """
-    mean = variance = torch.zeros((), dtype=torch.float64)
-    samples, terms = 0, 0.0
-    for number, batch in enumerate(problem.batches(criterion)):
+    sums = Sums()
+    for number, batch in problem.share(criterion, sums, skipped=skipped):
         values, count = draws(batch, number)
         weights = (torch.ones_like(values) if says is None else says).double()
         drawn = weights.sum(0)
         centre = torch.where(weights > 0, values, 0).sum(0) / drawn
         spread = torch.where(weights > 0, values - centre, 0).square().sum(0) / (drawn - 1)
-        mean = mean + count * centre
-        variance = variance + count**2 * spread / drawn
-        samples += batches.size(batch)
-        terms += count
+        variance = count**2 * spread / drawn
+        sums.add(mean=count * centre, variance=variance, samples=batches.size(batch), terms=count)
+    samples, terms = int(sums["samples"]), float(sums["terms"])
     if not terms:
         raise HapError(
             "nothing in the data counts",
@@ -63,7 +71,7 @@ def averaged(problem: Problem, criterion: str, draws: Draws, *, says: torch.Tens
             got=f"none in {samples} examples",
             remedy="check the labels",
         )
-    return Averaged(mean / terms, variance.sqrt() / terms, samples)
+    return Averaged(sums["mean"] / terms, sums["variance"].sqrt() / terms, samples)
 
 
 def need_draws(problem: Problem, criterion: str, *, least: int, default: int) -> None:

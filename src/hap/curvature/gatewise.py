@@ -13,10 +13,11 @@ from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores
 from hap.curvature.gates import Gates, gated
 from hap.curvature.gram import Gram
-from hap.curvature.likelihoods import Objective
+from hap.curvature.likelihoods import Likelihood, Objective
 from hap.curvature.moments import Moments
 from hap.curvature.objectives import AnyLoss, need_likelihood, need_mean, objective_of
-from hap.curvature.pieces import Pieces, cut
+from hap.curvature.pieces import Pieces, cut, shapes
+from hap.curvature.sums import Part, State
 from hap.errors import HapError
 
 
@@ -55,6 +56,9 @@ class GateCriterion(Criterion):
     """
 
     gate_based: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
+    covers_data: ClassVar[bool] = True
     any_loss: ClassVar[bool] = True  # whether it takes losses that are no likelihood
 
     def score(self, problem: Problem) -> Scores:
@@ -66,7 +70,8 @@ class GateCriterion(Criterion):
         moments = Moments()
         with gated(problem.model, problem.structure, autocast=problem.autocast) as gates:
             gram = Gram(gates.layout.units, max_memory=problem.max_memory) if problem.gram else None
-            for one in self._passes(problem, gates):
+            parts: list[Part] = [moments, _Seen(gates)] if gram is None else [moments, _Seen(gates), gram]
+            for one in self._passes(problem, gates, parts):
                 moments.add(self.values(one, gram), one.objective.counts(one.outputs, one.batch))
                 del one  # what its graph keeps must not outlive it
             seen = gates.seen()
@@ -94,12 +99,21 @@ class GateCriterion(Criterion):
         """The scores, from the mean of `values`."""
         return mean
 
-    def _passes(self, problem: Problem, gates: Gates) -> Iterator[Pass]:
-        """A forward pass over every piece of every batch."""
+    def _passes(self, problem: Problem, gates: Gates, parts: list[Part]) -> Iterator[Pass]:
+        """A forward pass over every piece of every batch that is this process's."""
         objective: Objective | None = None
         generators = [problem.generator("labels", draw) for draw in range(problem.draws)]
         pieces = Pieces(gates.saved_bytes, max_memory=problem.max_memory)
-        for batch in problem.batches(self.label):
+        labels = _Labels(gates, generators)
+
+        def skipped(number: int, batch: batches.Batch, done: bool) -> None:
+            nonlocal objective
+            if objective is None:  # the first batch says what the loss is, whoever computes it
+                objective = self._objective(problem, gates, gates.outputs_of(batch), batch)
+            if not done:
+                labels.skip(objective, batch)
+
+        for _, batch in problem.share(self.label, *parts, generators=generators, skipped=skipped):
             for piece in pieces.of(batch):
                 outputs = gates.forward(piece)
                 if objective is None:
@@ -123,3 +137,45 @@ class GateCriterion(Criterion):
                 values = [float(loss(gates.outputs_of(half), half)) for half in halves]
                 need_mean(float(loss(outputs, batch).detach()), (values[0], values[1]))
         return objective
+
+
+class _Labels:
+    """Moves the generators of labels past a batch that another process samples the labels of."""
+
+    def __init__(self, gates: Gates, generators: list[torch.Generator]) -> None:
+        self.gates = gates
+        self.generators = generators
+        self._drawn: dict[tuple[torch.Size, ...], int] = {}
+
+    def skip(self, objective: Objective, batch: batches.Batch) -> None:
+        """Draw as many numbers as `Likelihood.sampled` would; the model runs on one sample of each shape only."""
+        if not self.generators:
+            return
+        assert isinstance(objective, Likelihood)
+        sample = cut(batch, 0, 1)
+        key = shapes(sample)
+        if key not in self._drawn:
+            self._drawn[key] = objective.drawn(self.gates.outputs_of(sample), sample)
+        for generator in self.generators:
+            torch.rand(batches.size(batch) * self._drawn[key], generator=generator, dtype=torch.float64)
+
+
+class _Seen:
+    """Which layers' outputs the gates have seen, as a `Part`."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.taps = gates.outputs
+
+    def state(self) -> State:
+        """See `Part.state`."""
+        return {name: torch.tensor([getattr(tap, name) for tap in self.taps]) for name in ("called", "blind")}
+
+    def clear(self) -> None:
+        """See `Part.clear`."""
+        for tap in self.taps:
+            tap.called = tap.blind = False
+
+    def merge(self, state: State) -> None:
+        """See `Part.merge`."""
+        for tap, called, blind in zip(self.taps, state["called"].tolist(), state["blind"].tolist(), strict=True):
+            tap.called, tap.blind = tap.called or called, tap.blind or blind

@@ -36,6 +36,8 @@ class _GaussNewton(Criterion):
     """What the two criteria share: they differ in what they make of a gradient whose covariance is G."""
 
     default_draws: ClassVar[int] = 16
+    additive: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
 
     @property
     def role(self) -> Role:
@@ -53,6 +55,13 @@ class _GaussNewton(Criterion):
 
         likelihood: Likelihood | None = None
 
+        def skipped(number: int, batch: batches.Batch, done: bool) -> None:
+            nonlocal likelihood
+            if not number:  # the first batch says what the loss is, whoever computes it
+                with torch.no_grad():
+                    outputs = batches.forward(problem.model, batch)
+                    likelihood = need_likelihood(self.name, objective_of(problem.loss, outputs, batch), outputs, batch)
+
         def draws(batch: batches.Batch, number: int) -> tuple[torch.Tensor, float]:
             nonlocal likelihood
             weights = groups.only_require_grad(problem.model)
@@ -66,7 +75,7 @@ class _GaussNewton(Criterion):
                 estimates.append(self.estimate(groups, _gradient(total / max(terms, 1) ** 0.5, weights)))
             return torch.stack(estimates), terms
 
-        found = averaged(problem, self.label, draws)
+        found = averaged(problem, self.label, draws, skipped=skipped)
         factor = self.factor(groups)
         return groups.layout.scores(
             factor * found.mean, factor * found.stderr, samples=found.samples, draws=problem.draws

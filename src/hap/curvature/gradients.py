@@ -23,6 +23,7 @@ class GateTaylor(GateCriterion):
     """
 
     name: ClassVar[str] = "gate-taylor"
+    additive: ClassVar[bool] = False
 
     def values(self, one: Pass, gram: Gram | None) -> torch.Tensor:
         """See `GateCriterion.values`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hap.curvature.moments import in_float64
+from hap.curvature.sums import State
 
 _WIDTH = 2048  # columns of a block where memory is not limited
 
@@ -29,13 +30,27 @@ class Gram:
     def __init__(self, size: int, *, max_memory: int | None = None) -> None:
         self.size = size
         self.max_memory = max_memory
+        self.clear()
+
+    def clear(self) -> None:
+        """See `Part.clear`."""
         self._sum = torch.zeros(0)
+
+    def state(self) -> State:
+        """See `Part.state`."""
+        return {"sum": self._sum} if self._sum.numel() else {}
+
+    def merge(self, state: State) -> None:
+        """See `Part.merge`."""
+        if state:
+            self._sum = self._sum.cpu().add_(state["sum"]) if self._sum.numel() else state["sum"]
 
     def add(self, rows: torch.Tensor) -> None:
         """Add the rows' products."""
+        device = torch.device("cpu") if rows.device.type == "mps" else rows.device
         if not self._sum.numel():
-            device = "cpu" if rows.device.type == "mps" else rows.device
             self._sum = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
+        self._sum = self._sum.to(device)  # what was merged is on the CPU
         width = self._width(len(rows))
         starts = range(0, self.size, width)
         for i in starts:

@@ -32,6 +32,8 @@ class HessianTrace(Criterion):
 
     name: ClassVar[str] = "hessian-trace"
     default_draws: ClassVar[int] = 16
+    additive: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Scores:
         """See the class.

@@ -54,6 +54,10 @@ class Likelihood(Objective):
         """
 
     @abstractmethod
+    def drawn(self, outputs: Any, batch: batches.Batch) -> int:
+        """How many float64 numbers `sampled` draws for each sample."""
+
+    @abstractmethod
     def signed(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
         """As `sampled`, from random signs of all outputs in place of labels: one that is rare is not missed.
 
@@ -109,6 +113,11 @@ class Categorical(Likelihood):
         scores, _, counted = self._read(outputs, batch)
         log_p = self._log_p(scores, counted)
         return _picked(log_p, _sample(log_p.detach(), generator), counted)
+
+    def drawn(self, outputs: Any, batch: batches.Batch) -> int:
+        """See `Likelihood.drawn`."""
+        _, _, counted = self._read(outputs, batch)
+        return counted[0].numel()
 
     def signed(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Likelihood.signed`: ``R = diag sqrt(p) - p sqrt(p)'`` has ``R R' = diag p - p p'``."""
@@ -177,6 +186,10 @@ class Bernoulli(Likelihood):
         labels = (_uniform(p.shape, generator) < p).to(scores)
         return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum")
 
+    def drawn(self, outputs: Any, batch: batches.Batch) -> int:
+        """See `Likelihood.drawn`."""
+        return scores_of(outputs, batch)[0].numel()
+
     def signed(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Likelihood.signed`."""
         scores = finite_scores(outputs, batch)
@@ -208,6 +221,10 @@ class Gaussian(Likelihood):
         values = finite_scores(outputs, batch)
         noise = torch.special.ndtri(_uniform(values.shape, generator).clamp(min=2.0**-54))
         return (values * noise.to(values)).sum() * 2**0.5
+
+    def drawn(self, outputs: Any, batch: batches.Batch) -> int:
+        """See `Likelihood.drawn`."""
+        return scores_of(outputs, batch)[0].numel()
 
     def signed(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
         """See `Likelihood.signed`."""

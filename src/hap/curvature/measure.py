@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from hap import batches as data
 from hap.curvature.criterion import CRITERIA, Criterion, Problem
+from hap.curvature.processes import Processes, unwrapped
+from hap.curvature.sampling import need_additive, until_settled
+from hap.curvature.saved import Saved, identity
+from hap.curvature.walk import Walk
 from hap.errors import HapError, unknown
 from hap.types import Progress, Sensitivity, Structure, silent
 
@@ -22,27 +29,40 @@ def measure(
     structure: Structure,
     *,
     criterion: str | Criterion = "gate-fisher",
-    samples: int = 512,
+    samples: int | Literal["auto"] = 512,
+    keep: float | None = None,
+    cap: int = 8192,
+    risk: float = 0.05,
     draws: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
     gram: bool = False,
     max_memory: int | None = None,
     autocast: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+    state: str | Path | None = None,
+    save_every: float = 60.0,
 ) -> Sensitivity:
     """How much every unit and filter matters to the loss, with a standard error for each.
 
     The model is put in evaluation mode meanwhile and is left as it was found, also when an error is raised.
 
+    Where `torch.distributed` is set up, every process of the group must call this with the same arguments and the same
+    batches; each computes its share of them, and all return the same bits.
+
     Args:
-        model: the dense model; runs on its own device and dtype.
+        model: the dense model; runs on its own device and dtype. What `DistributedDataParallel` wraps is unwrapped.
         batches: calibration batches, read once; None for a criterion that needs no data.
         loss: ``loss(outputs, batch) -> scalar``; None means cross-entropy of the logits, or ``outputs.loss``.
             gate-fisher and gate-ggn need one that is a likelihood, and find out which: cross-entropy (of axis 1, of the
             last axis, or of the next token), binary cross-entropy of logits, or mean squared error.
         structure: what `hap.trace` found in this model.
         criterion: a name in `CRITERIA`, or an instance of `Criterion`.
-        samples: the number of examples to use, at most.
+        samples: the number of examples to use, at most; "auto" to stop when the ranking is settled where units are cut
+            off, for criteria whose scores are means over examples. Looks after 128, 256, 512, ... examples.
+        keep: with "auto", the fraction of units that stays, and so where the cut is; None means one half.
+        cap: with "auto", the number of examples to use, at most. A warning is logged when it, or the data, ends first.
+        risk: with "auto", the expected fraction of units on the wrong side of the cut that is good enough.
         draws: random draws per example (gate-fisher) or probes per batch (hessian-trace); None for the default.
         seed: same seed and data, same result.
         progress: wraps the loop over batches.
@@ -51,16 +71,24 @@ def measure(
             not change the scores. Gate criteria only; with `gram`, also bounds what adding to the matrix takes.
         autocast: run the forward pass under `torch.autocast` with this dtype, bfloat16 or float16. Sums stay in
             float32 for each sample and in float64 over samples. Gate criteria only.
+        group: the processes that share the work; None for all of them, or for this one alone where
+            `torch.distributed` is not set up.
+        state: a file to save what has been added up in, so that a run that was killed goes on from there when it is
+            started again with the same arguments, to the same bits; deleted at the end. One for each process is kept
+            where there are several. For criteria that are `Criterion.resumable`, with a given number of samples.
+        save_every: seconds between two saves.
 
     Returns:
         Scores of units by family and of filters by layer, float64 on the CPU.
 
     Raises:
         HapError: an argument is out of range, the structure is another model's, there is no data, the loss is not
-            finite, or the criterion does not fit the model.
+            finite, the criterion does not fit the model, the state is another run's, or another process failed.
     """
+    model = unwrapped(model)
     chosen = _criterion(criterion)
     _check_counts(chosen, samples, draws)
+    _check_auto(chosen, samples, keep, cap, risk)
     _check_structure(model, structure)
     if chosen.needs_data and batches is None:
         raise HapError(
@@ -71,10 +99,32 @@ def measure(
         )
     _check_options(chosen, gram, max_memory, autocast)
     count = chosen.default_draws if draws is None else draws
-    problem = Problem(model, batches, loss, structure, samples, count, seed, progress, gram, max_memory, autocast)
+    most = cap if samples == "auto" else samples
+    processes = Processes.of(group, model)
+    saved = None
+    if state is not None:
+        _check_resumable(chosen, samples)
+        run = identity(
+            model,
+            structure,
+            criterion=f"{chosen.label} {vars(chosen)}",
+            loss=getattr(loss, "__qualname__", type(loss).__qualname__),
+            samples=samples,
+            draws=count,
+            seed=seed,
+            gram=gram,
+            max_memory=max_memory,
+            autocast=autocast,
+        )
+        saved = Saved(processes.file(Path(state)), run, every=save_every)
+    walk = Walk(processes, saved)
+    problem = Problem(model, batches, loss, structure, most, count, seed, progress, gram, max_memory, autocast, walk)
     # inference_mode(False) also turns gradients on, should the caller have turned them off.
-    with data.evaluating(model), _gradients_kept(model), torch.inference_mode(False):
-        found = chosen.score(problem)
+    with data.evaluating(model), _gradients_kept(model), torch.inference_mode(False), walk.together():
+        if samples == "auto":
+            found = until_settled(chosen, problem, keep=0.5 if keep is None else keep, risk=risk)
+        else:
+            found = chosen.score(problem)
     _check_scores(chosen.name, structure, found.scores, found.stderr)
     return Sensitivity(
         criterion=chosen.label,
@@ -117,8 +167,29 @@ def _criterion(criterion: str | Criterion) -> Criterion:
     )
 
 
-def _check_counts(criterion: Criterion, samples: int, draws: int | None) -> None:
-    if samples < 1:
+def _check_auto(
+    criterion: Criterion, samples: int | Literal["auto"], keep: float | None, cap: int, risk: float
+) -> None:
+    if samples != "auto":
+        if keep is not None:
+            raise HapError(
+                "nothing is to be settled", expected="keep with samples='auto'", got=f"keep={keep}, samples={samples}"
+            )
+        return
+    need_additive(criterion)
+    if keep is not None and not 0 < keep <= 1:
+        raise HapError("keep is out of range", expected="the fraction of units that stays, in (0, 1]", got=str(keep))
+    if cap < 1:
+        raise HapError("there are no samples to use", expected="cap >= 1", got=str(cap))
+    if not 0 < risk < 1:
+        raise HapError("risk is out of range", expected="a fraction of the units, in (0, 1)", got=str(risk))
+
+
+def _check_counts(criterion: Criterion, samples: int | Literal["auto"], draws: int | None) -> None:
+    if isinstance(samples, str):
+        if samples != "auto":
+            raise HapError("there is no such number of samples", expected="a number or 'auto'", got=repr(samples))
+    elif samples < 1:
         raise HapError("there are no samples to use", expected="samples >= 1", got=str(samples))
     if draws is None:
         return
@@ -152,6 +223,17 @@ def _check_options(criterion: Criterion, gram: bool, max_memory: int | None, aut
         raise HapError("there is no memory to use", expected="max_memory >= 1, in bytes", got=str(max_memory))
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise HapError("autocast needs a half precision", expected="bfloat16 or float16", got=str(autocast))
+
+
+def _check_resumable(criterion: Criterion, samples: int | Literal["auto"]) -> None:
+    if not criterion.resumable or samples == "auto":
+        names = ", ".join(sorted(name for name, known in CRITERIA.items() if known.resumable))
+        raise HapError(
+            f"{criterion.name} cannot be interrupted" + (" with samples='auto'" if criterion.resumable else ""),
+            expected=f"a state with a number of samples and one of: {names}",
+            got=f"criterion {criterion.name}, samples={samples}",
+            remedy="leave state out",
+        )
 
 
 def _check_structure(model: nn.Module, structure: Structure) -> None:

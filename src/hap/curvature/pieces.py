@@ -47,7 +47,7 @@ class Pieces:
 
     def _most(self, batch: batches.Batch, max_memory: int) -> int:
         sample = cut(batch, 0, 1)
-        key = tuple(leaf.shape for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor))
+        key = shapes(sample)
         if key not in self._found:
             self._found[key] = max(self.cost(sample), 1)
         if self._found[key] > max_memory:
@@ -58,6 +58,11 @@ class Pieces:
                 remedy="allow more, or leave max_memory out to run batches whole",
             )
         return max_memory // self._found[key]
+
+
+def shapes(sample: batches.Batch) -> tuple[torch.Size, ...]:
+    """The shapes of all tensors."""
+    return tuple(leaf.shape for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor))
 
 
 def cut(batch: batches.Batch, start: int, stop: int) -> batches.Batch:

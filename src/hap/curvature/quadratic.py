@@ -57,6 +57,8 @@ class HessianQuadratic(Criterion):
 
     name: ClassVar[str] = "hessian-quadratic"
     default_draws: ClassVar[int] = 16
+    additive: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
     along: Along = "producers"
 
     @property

@@ -14,6 +14,7 @@ from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores, register
 from hap.curvature.layout import Layout
 from hap.curvature.moments import Moments
+from hap.curvature.sums import Sums
 from hap.curvature.taps import Tap, input_taps, output_taps
 from hap.errors import HapError
 
@@ -31,6 +32,9 @@ class FeatureRank(Criterion):
     """
 
     name: ClassVar[str] = "feature-rank"
+    additive: ClassVar[bool] = True
+    resumable: ClassVar[bool] = True
+    covers_data: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Scores:
         """See the class.
@@ -43,15 +47,16 @@ class FeatureRank(Criterion):
         layout = Layout.of(problem.structure)
         reads, writes = input_taps(problem.model, problem.structure, layout), output_taps(problem.model, layout)
         ranks = _Ranks(layout)
-        moments = Moments()
+        moments, missed = Moments(), Sums()
         with torch.no_grad(), _watched(problem.model, reads, writes, ranks):
-            for batch in problem.batches(self.name):
+            for _, batch in problem.share(self.name, moments, missed):
                 ranks.start(batches.size(batch))
                 batches.forward(problem.model, batch)
                 ranks.need_units()
                 moments.add(ranks.total / ranks.calls.clamp(min=1))
+                missed.add(batches=ranks.calls == 0)
         found = layout.scores(moments.mean, moments.stderr(), samples=moments.count, draws=0)
-        seen = {layer.module for layer, offset in layout.filter_offsets() if ranks.calls[offset]}
+        seen = {layer.module for layer, offset in layout.filter_offsets() if not missed["batches"][offset]}
         filters, stderr = ({k: v for k, v in d.items() if k in seen} for d in (found.filters, found.filters_stderr))
         return Scores(moments.count, 0, found.scores, found.stderr, filters, stderr)
 

@@ -10,7 +10,7 @@ import numpy as np
 from hap.errors import HapError
 from hap.planning.candidates import candidates
 from hap.planning.cost import POINTWISE, CostModel
-from hap.planning.plan import Decision, Implant, Plan
+from hap.planning.plan import Decision, Implant, Plan, versions
 from hap.planning.rule import Choice, Rule
 from hap.types import Budget, Cost, Sensitivity, Structure
 
@@ -66,6 +66,7 @@ def decide(
             "inexact": inexact,
             "samples": sensitivity.samples,
             "draws": sensitivity.draws,
+            "versions": versions(),
         },
     )
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
+
+import torch
 
 from hap.errors import HapError
 from hap.planning.cost import POINTWISE
@@ -49,7 +53,7 @@ class Plan:
         budget: what was asked for.
         criterion: the sensitivity's criterion.
         dense, small: cost before, and the promised cost after.
-        options: the settings that the plan was made with, for the record.
+        options: the settings and versions that the plan was made with, for the record.
     """
 
     structure: Structure
@@ -180,3 +184,12 @@ def _unpack(packed: Any) -> list[list[int]]:
         start, block = packed["start"], packed["block"]
         return [list(range(start + u * block, start + (u + 1) * block)) for u in range(packed["units"])]
     return packed
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made a result."""
+    try:
+        own = metadata.version("torch-hap")
+    except metadata.PackageNotFoundError:  # used from a source tree that was not installed
+        own = "unknown"
+    return {"hap": own, "torch": str(torch.__version__), "python": platform.python_version()}
