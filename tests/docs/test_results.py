@@ -34,3 +34,8 @@ def test_sampling_table_and_promise() -> None:
     for row in rows:
         wrong = [run["misplaced"] for run in benchmark.settled_runs(row)]
         assert len(wrong) >= 20 and sum(wrong) / len(wrong) < row["risk"]
+
+
+def test_recovery_table() -> None:
+    benchmark = load(ROOT / "benchmarks" / "recover.py")
+    assert benchmark.table(benchmark.RESULTS) in (ROOT / "docs" / "results.md").read_text()

@@ -25,7 +25,7 @@ def prune(
     keep_params: Annotated[float | None, typer.Option(help="Fraction of parameters that may remain.")] = None,
     keep_macs: Annotated[float | None, typer.Option(help="Fraction of multiply-accumulates that may remain.")] = None,
     criterion: Annotated[
-        str, typer.Option(help="gate-fisher, gate-ggn, hessian-trace (the paper's), taylor, magnitude or random.")
+        str, typer.Option(help="gate-fisher, hessian-trace (the paper's), or another of docs/criteria.md.")
     ] = "gate-fisher",
     implant_ratio: Annotated[
         float, typer.Option(help="Of the filters to prune, the most sensitive share that gets implants; 0: none.")
