@@ -18,16 +18,17 @@ FOUNDATION = {"errors", "types", "batches"}
 MAY_IMPORT: dict[str, set[str]] = {
     "structure": set(),
     "curvature": set(),
-    "planning": set(),
+    "planning": {"implants"},
     "implants": set(),
     "training": set(),
     "zoo": set(),
+    "pretrained": set(),
     "surgery": {"planning", "implants"},
-    "checkpoint": {"planning", "surgery", "implants"},
+    "checkpoint": {"planning", "surgery", "implants", "pretrained"},
     "report": {"planning"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)
-MAY_IMPORT["cli"] = {"pipeline", "zoo", "report", "checkpoint", "hap"}
+MAY_IMPORT["cli"] = {"pipeline", "zoo", "report", "checkpoint", "pretrained", "hap"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT = {layer: allowed | FOUNDATION for layer, allowed in MAY_IMPORT.items()} | {
     layer: FOUNDATION for layer in FOUNDATION

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
@@ -23,6 +23,8 @@ Role = Literal["producer", "follower", "consumer"]
 Kind = Literal["channel", "neuron", "head"]
 
 T = TypeVar("T")
+
+Metric = Callable[[torch.Tensor, torch.Tensor], float]  # of labels and predictions, int64 (N,) on the CPU
 
 IGNORED = "ignored by the caller"  # the reason of a `Frozen` axis of a module that is to be left alone
 
@@ -119,6 +121,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A number on a module, such as ``num_heads``, that grows and shrinks with an axis of a tensor.
+
+    Attributes:
+        module: the module's name.
+        name: the attribute's name.
+        tensor, axis: the axis whose length it is in proportion to.
+    """
+
+    module: str
+    name: str
+    tensor: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Shape and dtype of a parameter or buffer of the dense model."""
 
@@ -148,6 +166,8 @@ class Structure:
         layers: the convolution and linear layers, in the order of the forward pass.
         tensors: every parameter and buffer; tied ones once.
         modules: class name of every module.
+        attributes: numbers on modules that must follow when units leave, besides those that ``torch.nn``'s own
+            modules have.
     """
 
     families: tuple[Family, ...]
@@ -155,6 +175,7 @@ class Structure:
     layers: tuple[Layer, ...]
     tensors: Mapping[str, TensorSpec]
     modules: Mapping[str, str]
+    attributes: tuple[Attribute, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -210,10 +231,16 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Cost:
-    """Size of a model: parameters, and multiply-accumulates for one sample."""
+    """Size of a model: parameters, and multiply-accumulates for one sample.
+
+    Attributes:
+        params, macs: exact.
+        latency: milliseconds of a forward pass, by a table measured on the user's device; None without one.
+    """
 
     params: int
     macs: int
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -221,14 +248,15 @@ class Budget:
     """The fraction of the dense model that may remain, each in (0, 1]; None leaves it free.
 
     >>> Budget(params=0.5)
-    Budget(params=0.5, macs=None)
+    Budget(params=0.5, macs=None, latency=None)
     """
 
     params: float | None = None
     macs: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("params", "macs"):
+        for name in ("params", "macs", "latency"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise HapError(
@@ -237,12 +265,18 @@ class Budget:
                     got=repr(value),
                     remedy="0.5 keeps one half",
                 )
-        if self.params is None and self.macs is None:
+        if not self.limits:
             raise HapError(
                 "the budget is empty",
-                expected="params or macs, as the fraction that may remain",
+                expected="params, macs or latency, as the fraction that may remain",
                 remedy="for example hap.Budget(params=0.5)",
             )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The parts that are limited, with their fractions."""
+        parts = {"params": self.params, "macs": self.macs, "latency": self.latency}
+        return {name: value for name, value in parts.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -264,8 +298,16 @@ class Verification:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy over a data set; accuracy is None where outputs are not class logits."""
+    """What a model does on a data set.
+
+    Attributes:
+        loss: the mean over the examples.
+        accuracy: None where outputs are not class logits.
+        samples: the number of examples.
+        metrics: what else was asked for, by name, such as ``f1``.
+    """
 
     loss: float
     accuracy: float | None
     samples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)

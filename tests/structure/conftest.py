@@ -90,7 +90,7 @@ def random_plan(structure: Structure, generator: torch.Generator, *, implants: b
         rows = [starts[i] + k for i in pick(len(starts), math.ceil(SHARE * len(starts))) for k in range(step)]
         chosen[layer.module] = Implant(tuple(rows), "pointwise")
     cost = CostModel(structure)
-    small = cost(masks, {name: len(implant.indices) for name, implant in chosen.items()})
+    small = cost(masks, chosen)
     return Plan(structure, decisions, chosen, Budget(params=1.0), "random", cost.dense, small)
 
 

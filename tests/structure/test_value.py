@@ -71,10 +71,21 @@ def test_an_open_leading_axis_makes_the_groups_leave_as_a_whole() -> None:
     assert len(set(units.roots(np.arange(6)).tolist())) == 3
 
 
-def test_three_axes_out_of_one_are_frozen() -> None:
+def test_three_axes_out_of_one_shrink_along_the_last() -> None:
     units = Units()
-    reshape(units, Value((8,), (units.fresh(8),)), (2, 2, 2), "view")
-    assert len(units.frozen) == 8
+    reshape(units, Value((12,), (units.fresh(12),)), (2, 2, 3), "view")
+    units.settle_grids()
+    assert not units.frozen
+    assert units.roots(np.arange(12)).tolist() == [0, 1, 2] * 4
+
+
+def test_an_axis_split_over_two_is_rearranged_as_one() -> None:
+    """A key head repeated for its query heads, while the head's width has ids too."""
+    units = Units()
+    ids = units.fresh(6).reshape(1, 2, 1, 3)
+    (out,) = reshape(units, Value((5, 2, 4, 3), (ids,)), (5, 8, 3), "reshape").factors
+    assert out.shape == (1, 8, 3)
+    assert out[0, :, 0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
 
 
 def test_align_ties_aligned_units() -> None:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 
 from hap import batches as data
+from hap.attention import opened
 from hap.curvature.criterion import CRITERIA, Criterion, Problem
 from hap.curvature.processes import Processes, unwrapped
 from hap.curvature.sampling import need_additive, until_settled
@@ -120,7 +121,7 @@ def measure(
     walk = Walk(processes, saved)
     problem = Problem(model, batches, loss, structure, most, count, seed, progress, gram, max_memory, autocast, walk)
     # inference_mode(False) also turns gradients on, should the caller have turned them off.
-    with data.evaluating(model), _gradients_kept(model), torch.inference_mode(False), walk.together():
+    with data.evaluating(model), opened(model), _gradients_kept(model), torch.inference_mode(False), walk.together():
         if samples == "auto":
             found = until_settled(chosen, problem, keep=0.5 if keep is None else keep, risk=risk)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from hap.structure.units import Units
 from hap.types import Family, Frozen, Kind, Member, Role
@@ -14,19 +15,20 @@ Places = dict[Key, list[int]]  # where a unit lies
 def families(units: Units, convolutions: set[str]) -> tuple[tuple[Family, ...], tuple[Frozen, ...]]:
     """Groups the units by the axes on which they lie, in the order of the forward pass.
 
-    Units whose first producer is the weight of one of the `convolutions` are channels.
+    Units that attention treats side by side are heads; others whose first producer is the weight of
+    one of the `convolutions` are channels, and the rest neurons.
     """
     places = _places(units)
     reasons = _reasons(units, places)
-    inexact = {units.find(i) for i in units.inexact}
+    inexact, heads = ({units.find(i) for i in ids} for ids in (units.inexact, units.heads))
     used = dict.fromkeys(tensor for tensor, _ in (*units.roles, *units.owners))  # roles in forward order
     rank = {name: i for i, name in enumerate(used)}
-    groups: dict[tuple[object, ...], list[Places]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Places]] = defaultdict(list)
     for root, where in places.items():
         if root not in reasons:
-            signature = (root not in inexact, *sorted((key, len(where[key])) for key in where))
+            signature = (root not in inexact, root in heads, *sorted((key, len(where[key])) for key in where))
             groups[signature].append(where)
-    built = [_family(units, members, bool(signature[0]), rank, convolutions) for signature, members in groups.items()]
+    built = [_family(units, found, key[0], key[1], rank, convolutions) for key, found in groups.items()]
     built.sort(key=lambda f: [(rank.get(m.parameter, len(rank)), m.indices[0]) for m in f.roles("producer")[:1]])
     return _named(built), _frozen(units, places, reasons)
 
@@ -58,11 +60,13 @@ def _reasons(units: Units, places: dict[int, Places]) -> dict[int, str]:
     return reasons
 
 
-def _family(units: Units, members: list[Places], exact: bool, rank: dict[str, int], convolutions: set[str]) -> Family:
+def _family(
+    units: Units, members: list[Places], exact: bool, head: bool, rank: dict[str, int], convolutions: set[str]
+) -> Family:
     keys = sorted(members[0], key=lambda key: (rank.get(key[0], len(rank)), key))
     first = next(key for key in keys if _role(units, key) == "producer")
     members = sorted(members, key=lambda where: where[first])
-    kind: Kind = "channel" if first[0] in convolutions else "neuron"
+    kind: Kind = "head" if head else "channel" if first[0] in convolutions else "neuron"
     return Family(
         name=first[0].removesuffix(".weight"),
         kind=kind,

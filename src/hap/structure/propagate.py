@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -16,6 +18,9 @@ from hap.structure.value import Value, along
 
 # Operators that return sizes or check them; they carry no units.
 _IGNORED = {"sym_size", "_assert_tensor_metadata", "_assert_scalar", "sym_numel", "_assert_async"}
+
+# Operators that make a tensor out of nothing, whose sizes may be those of units.
+_CONSTANTS = {"zeros", "ones", "full"}
 
 # Regions under torch.autocast or torch.set_grad_enabled: a graph in the graph, called with its inputs.
 _REGIONS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
@@ -29,8 +34,9 @@ def propagate(program: ExportedProgram, units: Units, model: nn.Module) -> Conte
     An operator without a rule freezes the units of everything that it reads, and gives out a value
     without units: never a guess.
     """
-    context = Context(units, dict(model.named_modules(remove_duplicate=False)))
-    aliases, parameters = _aliases(model), parameter_names(program)
+    every = dict(_tensors_of(model))
+    context = Context(units, dict(model.named_modules(remove_duplicate=False)), every)
+    aliases, parameters = _aliases(every), parameter_names(program)
     names: Names = {}
     inputs: list[Any] = []
     for node in program.graph.find_nodes(op="placeholder"):
@@ -48,11 +54,16 @@ def propagate(program: ExportedProgram, units: Units, model: nn.Module) -> Conte
     return context
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer under each of its names, parameters first."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """From every name of a tied parameter or buffer to the first one."""
     first: dict[int, str] = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in every}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
 
 
 def _tensor(units: Units, name: str, shape: tuple[int, ...]) -> Value:
@@ -90,10 +101,10 @@ def _call(context: Context, node: fx.Node, values: dict[fx.Node, Any], names: Na
     if name in _IGNORED:
         return None
     tensors = _tensors([args, kwargs])
-    if not any(v.factors for v in tensors):
+    if not any(v.factors for v in tensors) and name not in _CONSTANTS:
         return _plain(shape)
     context.where = name
-    context.caller = context.modules.get(caller(node))
+    context.path = caller(node)
     context.arg_names = [names.get(a) if isinstance(a, fx.Node) else None for a in node.args]
     rule = RULES.get(name) or (elementwise if is_pointwise(node) else None)
     if rule is None or shape is None:

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from hap.attention import opened
 from hap.batches import evaluating
 from hap.errors import HapError, unknown
 from hap.structure.export import export
 from hap.structure.families import families
 from hap.structure.propagate import propagate
 from hap.structure.rules.registry import Multiplication
+from hap.structure.trial import Trial
 from hap.structure.units import Units
-from hap.types import IGNORED, Frozen, Layer, Structure, TensorSpec, describe
+from hap.types import IGNORED, Family, Frozen, Layer, Structure, TensorSpec, describe
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +56,32 @@ def trace(
     """
     kwargs = kwargs or {}
     units = Units()
-    with evaluating(model):
-        calls = propagate(export(model, args, kwargs), units, model).layers
+    tensors, modules = describe(model)
+    with evaluating(model), opened(model):
+        context = propagate(export(model, args, kwargs), units, model)
+        calls = context.layers
         unread = [name for name, p in model.named_parameters() if not units.knows(name)]
         if unread:
             calls += _training_calls(model, args, kwargs, units, {call.weight for call in calls})
-    units.settle_grids()
-    _freeze_special(model, units)
-    _ignore(model, units, ignore)
-    found, frozen = families(units, {call.weight for call in calls if call.kernel})
-    tensors, modules = describe(model)
-    return Structure(
-        found, (*frozen, *_unread(tensors, units)), _layers(calls, _samples(args, kwargs)), tensors, modules
-    )
+        units.settle_grids()
+        _freeze_special(model, units)
+        _ignore(model, units, ignore)
+        convolutions = {call.weight for call in calls if call.kernel}
+        found, frozen = families(units, convolutions)
+        attributes, refused = Trial(model, args, kwargs, found, context.written, units).settle()
+    for family in found:
+        if family.name in refused:
+            _freeze(units, family, refused[family.name])
+    if refused:
+        found, frozen = families(units, convolutions)
+    layers = _layers(calls, _samples(args, kwargs))
+    return Structure(found, (*frozen, *_unread(tensors, units)), layers, tensors, modules, attributes)
+
+
+def _freeze(units: Units, family: Family, reason: str) -> None:
+    for member in family.members:
+        ids = units.owners[member.parameter, member.axis].ids
+        units.freeze(ids[[i for unit in member.indices for i in unit]], reason)
 
 
 def _training_calls(
@@ -83,6 +98,8 @@ def _training_calls(
     except HapError as error:
         log.warning("parameters that only training mode reads stay as they are: %s", error.got)
         return []
+    finally:
+        model.eval()
     new = [dataclasses.replace(call, multiplications=0) for call in calls if call.weight not in known]
     for call in new:
         units.freeze(units.own(call.weight, call.output_axis, call.filters), "used in training mode only")
@@ -103,7 +120,9 @@ def _ignore(model: nn.Module, units: Units, patterns: Iterable[str]) -> None:
 def _freeze_special(model: nn.Module, units: Units) -> None:
     """Freezes what the graph shows as prunable and something outside of it forbids."""
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    _freeze_inside(model, units, attentions, "nn.MultiheadAttention checks its own sizes")
+    _freeze_inside(
+        model, units, attentions, "nn.MultiheadAttention with a bias of keys, zero attention or in a subclass"
+    )
     fixed = dict(model.named_buffers())
     for key, role in units.roles.items():
         if key[0] in fixed and role != "follower":

@@ -33,6 +33,7 @@ class Units:
         self.roles: dict[tuple[str, int], Role] = {}
         self.frozen: dict[int, str] = {}
         self.inexact: set[int] = set()
+        self.heads: set[int] = set()
         self.grids: list[Ids] = []
         self._owner_of: dict[int, tuple[str, int]] = {}
         self._tensors: set[str] = set()
@@ -105,12 +106,16 @@ class Units:
         """Says that removing these units differs from closing their gates (a norm mixes them)."""
         self.inexact.update(int(i) for i in np.unique(ids))
 
+    def head(self, ids: Ids) -> None:
+        """Says that attention treats these units side by side."""
+        self.heads.update(int(i) for i in np.unique(ids))
+
     def settle_grids(self) -> None:
         """Makes every split of an axis into several rectangular.
 
         A view from ``g * n`` to ``(g, n)`` stays valid only if the kept units form a grid. Where
-        nothing has said which axis may shrink (attention says: the heads), the leading one is the
-        number of groups, which code keeps constant (channel shuffle, chunks, GroupNorm), so each
+        nothing has said which axis may shrink (attention says: the heads), the leading ones are
+        numbers of groups, which code keeps constant (channel shuffle, chunks, GroupNorm), so each
         group must lose the same positions.
         """
         changed = True
@@ -118,7 +123,7 @@ class Units:
             changed = False
             for grid in self.grids:
                 roots = self.roots(grid)
-                if (roots == roots[:, :1]).all() or (roots == roots[:1]).all():
-                    continue
-                self.tie(grid[:1], grid[1:])
-                changed = True
+                varying = [a for a in range(roots.ndim) if (roots != roots.take([0], a)).any()]
+                if len(varying) > 1:
+                    self.tie(grid[(slice(1),) * (grid.ndim - 1)], grid)
+                    changed = True

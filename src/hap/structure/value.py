@@ -66,9 +66,10 @@ def axis_ids(units: Units, value: Value, axis: int) -> Ids | None:
 
 
 def across(units: Units, value: Value, axes: set[int]) -> Value:
-    """Ties units along `axes` where they differ along other axes too, so that only those may shrink.
+    """Ties units along `axes` where they differ along other axes too, so that the others alone may shrink.
 
-    For operators that act along one axis of a split one, such as a softmax over the groups.
+    For operators that act along one axis of a split one, such as a softmax over the groups: the
+    size of that axis stays, the heads or groups can still leave.
     """
     factors = []
     for factor in value.factors:
@@ -94,11 +95,18 @@ def align(units: Units, values: list[Value], shape: tuple[int, ...], where: str)
             merged = _merge(units, merged, factor, where)
     for value in padded:
         own = frozenset().union(*map(support, value.factors)) if value.factors else frozenset()
-        for factor in merged:
-            fixed = [a for a in support(factor) if value.shape[a] > 1]
-            if fixed and not own & support(factor):
-                units.freeze(factor, f"combined with a tensor of fixed size by {where}")
+        merged = [f if own & support(f) else _beside(units, f, value.shape, where) for f in merged]
     return Value(shape, tuple(merged))
+
+
+def _beside(units: Units, factor: Ids, shape: tuple[int, ...], where: str) -> Ids:
+    """A factor that meets a tensor without units: where that is longer than 1, nothing can leave."""
+    fixed = {a for a in support(factor) if shape[a] > 1}
+    if fixed == support(factor):
+        units.freeze(factor, f"combined with a tensor of fixed size by {where}")
+        return factor
+    (rest,) = across(units, Value(shape, (factor,)), fixed).factors
+    return rest
 
 
 def _left_pad(value: Value, ndim: int) -> Value:
@@ -125,22 +133,35 @@ def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str, open
 
     `open_axis` is the one whose size is left open (-1): where an axis is split, units can leave there.
     """
+    blocks = _blocks(value.shape, shape)
+    touched = [[i for i, (source, _) in enumerate(blocks) if support(f) & set(source)] for f in value.factors]
+    shared = {i for i, block in enumerate(blocks) if not _same(value.shape, shape, block)}
+    shared = {i for i in shared if sum(i in own for own in touched) > 1}
     factors: list[Ids] = []
-    for source, target in _blocks(value.shape, shape):
-        inside = [f for f in value.factors if support(f) & set(source)]
-        if len(inside) > 1 and len(target) > 0 and [value.shape[a] for a in source] != [shape[a] for a in target]:
-            for factor in inside:
-                units.freeze(factor, f"two axes of units are merged by {where}")
+    for factor, own in zip(value.factors, touched, strict=True):
+        if shared & set(own):
+            units.freeze(factor, f"two axes of units are merged by {where}")
             continue
-        for factor in inside:
-            if not support(factor) <= set(source):
-                units.freeze(factor, f"axes that are split already are rearranged by {where}")
-                continue
-            local = factor.reshape([factor.shape[a] for a in source])
-            full = np.broadcast_to(local, [value.shape[a] for a in source]).reshape([shape[a] for a in target])
-            split = _place(_compress(full), target, len(shape))
-            factors.append(_note_grid(units, factor, split, open_axis))
+        source = [a for i in own for a in blocks[i][0]]
+        target = [a for i in own for a in blocks[i][1]]
+        local = factor.reshape([factor.shape[a] for a in source])
+        full = np.broadcast_to(local, [value.shape[a] for a in source]).reshape([shape[a] for a in target])
+        factors.append(_note_grid(units, factor, _place(_compress(full), target, len(shape)), open_axis))
     return Value(shape, tuple(f for f in factors if support(f)))
+
+
+def rearranged(value: Value, shape: tuple[int, ...]) -> list[tuple[Ids, tuple[int, ...]]]:
+    """Each factor that a reshape to `shape` names sizes of, with the sizes of the finer axes."""
+    found = []
+    for source, target in _blocks(value.shape, shape):
+        finer = max(([value.shape[a] for a in source], [shape[a] for a in target]), key=len)
+        found += [(f, tuple(finer)) for f in value.factors if support(f) & set(source)]
+    return found
+
+
+def _same(source: tuple[int, ...], target: tuple[int, ...], block: tuple[list[int], list[int]]) -> bool:
+    """Whether a reshape leaves the axes of this block as they are."""
+    return [source[a] for a in block[0]] == [target[a] for a in block[1]]
 
 
 def _blocks(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -183,13 +204,11 @@ def _place(ids: Ids, axes: list[int], ndim: int) -> Ids:
 def _note_grid(units: Units, before: Ids, after: Ids, open_axis: int | None) -> Ids:
     """Remembers an axis that has been split; returns the ids to go on with."""
     axes = sorted(support(after))
-    if len(support(before)) != 1 or len(axes) < 2:
+    if len(axes) <= len(support(before)) or len(axes) < 2:
         return after
-    if len(axes) > 2:
-        units.freeze(after, "an axis is split into three or more")
-    if open_axis == axes[0]:  # the groups are of constant size: each leaves as a whole
+    if open_axis in axes[:-1]:  # the others have constant sizes: each position of this one leaves as a whole
         whole = after[tuple(slice(None) if a == open_axis else slice(1) for a in range(after.ndim))]
         units.tie(whole, after)
         return whole
-    units.grids.append(after.reshape(after.shape[axes[0]], -1))
+    units.grids.append(after.reshape([after.shape[a] for a in axes]))
     return after

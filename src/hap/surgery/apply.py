@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from hap.attention import OpenAttention, closed
 from hap.batches import Batch, device_of, take
 from hap.errors import HapError
 from hap.implants import Fitted, ImplantedConv, Target, build, centre_taps, least_squares
 from hap.planning import Plan
-from hap.surgery.attributes import sizes
+from hap.structure import mirrors
 from hap.surgery.layout import Layout, layout
 from hap.types import Progress, describe, silent
 
@@ -167,26 +168,21 @@ def _commit(
     current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         _set_data(current[name], tensor, undo)
-    changed = {id(current[name]): name for name in tensors}
-    for module in model.modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if any(id(tensor) in changed for tensor in own):
-            for attribute, value in sizes(module, _filters(module, places, changed)).items():
-                _set_attribute(module, attribute, value, undo)
-    old = {model.get_submodule(name): new for name, new in implants.items()}
+    changed = {id(current[name]) for name in tensors}
+    attentions = {a for a in closed(model).values() if any(id(p) in changed for p in a.parameters())}
+    _replace(model, {attention: OpenAttention(attention) for attention in attentions}, undo)
+    structure = plan.structure
+    for module, attribute, value in mirrors(model, places.kept, structure.tensors, structure.attributes):
+        _set_attribute(module, attribute, value, undo)
+    _replace(model, {model.get_submodule(name): new for name, new in implants.items()}, undo)
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module], undo: list[Callable[[], None]]) -> None:
+    """Puts the new modules in the places of the old ones."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # named_children leaves out second names
-            if child in old:
-                _set_attribute(parent, key, old[child], undo)
-
-
-def _filters(module: nn.Module, places: Layout, changed: dict[int, str]) -> Sequence[int]:
-    """For a convolution, the dense positions of the filters that are left."""
-    if not isinstance(module, _ConvNd):
-        return ()
-    every = range(module.out_channels)
-    name = changed.get(id(module.weight))  # tied weights go by their first name
-    return every if name is None else places.of(name, 0, len(every))
+            if child in new:
+                _set_attribute(parent, key, new[child], undo)
 
 
 def _set_data(tensor: torch.Tensor, data: torch.Tensor, undo: list[Callable[[], None]]) -> None:

@@ -3,7 +3,7 @@
 To support another operator, write a rule for it in the file it belongs to.
 """
 
-from hap.structure.rules import elementwise, layers, pooling, shapes
+from hap.structure.rules import elementwise, indexing, layers, pooling, products, shapes
 from hap.structure.rules.registry import RULES, Context, freeze_all
 
-__all__ = ["RULES", "Context", "elementwise", "freeze_all", "layers", "pooling", "shapes"]
+__all__ = ["RULES", "Context", "elementwise", "freeze_all", "indexing", "layers", "pooling", "products", "shapes"]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from hap.structure.rules.registry import Context, rule
-from hap.structure.value import Value, align, axis_ids, touching
+from hap.structure.value import Value, across, align, along, axis_ids, touching
 
 
 @rule(
-    "relu6", "hardswish", "silu", "selu", "celu", "rrelu", "leaky_relu", "mish", "softplus", "expand_as",
+    "relu6", "hardswish", "silu", "selu", "celu", "rrelu", "leaky_relu", "mish", "softplus", "expand_as", "where",
 )  # fmt: skip
 def elementwise(context: Context, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Value:
     """Also the rule of every operator that PyTorch itself tags as pointwise.
@@ -31,7 +31,16 @@ def as_first(context: Context, shape: tuple[int, ...], x: Value, *_: Any, **__: 
     return Value(shape, x.factors)
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+@rule("new_zeros", "new_ones", "new_full", "zeros", "ones", "full")
+def constant(context: Context, shape: tuple[int, ...], *_: Any, **__: Any) -> Value:
+    """The same number everywhere: as long as the code makes it, if the code can be told."""
+    axes = [(a, context.units.fresh(n)) for a, n in enumerate(shape) if n > 1]
+    for _axis, ids in axes:
+        context.write(ids, (ids.size,))
+    return Value(shape, tuple(along(ids, a, len(shape)) for a, ids in axes))
+
+
+@rule("new_empty", "new_tensor")
 def fixed(context: Context, shape: tuple[int, ...], *_: Any, **__: Any) -> Value:
     """A shape written as numbers; the first argument gives the dtype alone."""
     return Value(shape)
@@ -81,8 +90,10 @@ def layer_norm(
 
     Without a weight nothing tells surgery which module has the size written down.
     """
+    mixed = set(range(len(shape) - len(normalized), len(shape)))
+    x = across(context.units, x, mixed)
     result = align(context.units, [v for v in (x, weight, bias) if v is not None], shape, context.where)
-    for factor in touching(x, set(range(len(shape) - len(normalized), len(shape)))):
+    for factor in touching(x, mixed):
         context.units.blur(factor)
         if weight is None:
             context.units.freeze(factor, f"{context.where} without a weight has their number written down")

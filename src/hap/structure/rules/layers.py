@@ -25,8 +25,19 @@ def linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, bi
     _consume(context, axis_ids(units, x, -1), axis_ids(units, weight, 1))
     out = _produce(context, weight, 0, bias)
     _record(context, weight, 0, (), 1, False, math.prod(shape[:-1]))
-    factors = without(x, {x.ndim - 1})
-    return Value(shape, (*factors, along(out, len(shape) - 1, len(shape))) if out is not None else factors)
+    return _with(shape, without(x, {x.ndim - 1}), out, len(shape) - 1)
+
+
+@rule("addmm")
+def addmm(context: Context, shape: tuple[int, ...], bias: Value, x: Value, weight: Value) -> Value:
+    """``y = x W + b`` with W of shape (in, out): a linear layer by another layout (GPT-2's Conv1D)."""
+    name = context.tensor(2)
+    if name is None or getattr(context.caller, "weight", None) is not context.tensors[name]:
+        raise TypeError("not the weight of a module of its own")
+    _consume(context, axis_ids(context.units, x, 1), axis_ids(context.units, weight, 0))
+    out = _produce(context, weight, 1, bias)
+    _record(context, weight, 1, (), 1, False, shape[0], at=2, bias=0)
+    return _with(shape, without(x, {1}), out, 1)
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -93,7 +104,7 @@ def embedding(context: Context, shape: tuple[int, ...], weight: Value, index: Va
     if rows is not None:
         context.units.freeze(rows, "rows of a look-up table")
     out = _produce(context, weight, 1, None)
-    return Value(shape, (along(out, len(shape) - 1, len(shape)),) if out is not None else ())
+    return _with(shape, (), out, len(shape) - 1)
 
 
 def _consume(context: Context, read: Ids | None, inner: Ids | None) -> None:
@@ -149,8 +160,12 @@ def _convolved(context: Context, shape: tuple[int, ...], x: Value, channel: int,
     spatial = set(range(channel + 1, len(shape)))
     for factor in touching(x, spatial):
         context.units.freeze(factor, f"positions that {context.where} slides over")
-    factors = without(x, spatial | {channel})
-    return Value(shape, (*factors, along(out, channel, len(shape))) if out is not None else factors)
+    return _with(shape, without(x, spatial | {channel}), out, channel)
+
+
+def _with(shape: tuple[int, ...], factors: tuple[Ids, ...], out: Ids | None, axis: int) -> Value:
+    """A value with the ids of a layer's output, if it has any, along `axis`."""
+    return Value(shape, factors if out is None else (*factors, along(out, axis, len(shape))))
 
 
 def _implantable(context: Context) -> bool:
@@ -168,11 +183,14 @@ def _record(
     groups: int,
     is_transposed: bool,
     uses: int,
+    *,
+    at: int = 1,
+    bias: int = 2,
 ) -> None:
-    name = context.tensor(1)
+    """Notes a layer whose weight and bias are the arguments at these positions."""
+    name = context.tensor(at)
     if name is not None:
+        filters = weight.shape[axis]
         context.layers.append(
-            Multiplication(
-                name, context.tensor(2), weight.shape[axis], axis, tuple(kernel), groups, is_transposed, uses
-            )
+            Multiplication(name, context.tensor(bias), filters, axis, tuple(kernel), groups, is_transposed, uses)
         )

@@ -10,6 +10,8 @@ import numpy as np
 from hap.structure.rules.registry import Context, rule
 from hap.structure.value import Value, across, touching, without
 
+_MOMENTS = {"mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"}
+
 
 @rule(
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -44,7 +46,7 @@ def grid_sample(context: Context, shape: tuple[int, ...], x: Value, grid: Value,
 def reduce(
     context: Context, shape: Any, x: Value, axes: int | Sequence[int] | None = None, *rest: Any, **_: Any
 ) -> Any:
-    """A reduction over an axis of units changes when they leave."""
+    """A reduction over units changes when they leave; moments along an axis (a norm written by hand) may."""
     if context.where in ("linalg_vector_norm", "norm"):
         axes = rest[0] if rest else None
     if isinstance(axes, Value):
@@ -53,7 +55,10 @@ def reduce(
     gone = {a % x.ndim for a in listed}
     x = across(context.units, x, gone)
     for factor in touching(x, gone):
-        context.units.freeze(factor, f"{context.where} runs over them")
+        if context.where in _MOMENTS and axes is not None:
+            context.units.blur(factor)
+        else:
+            context.units.freeze(factor, f"{context.where} runs over them")
     kept = without(x, gone)
     first = shape[0] if isinstance(shape, list) else shape
     if len(first) != x.ndim:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from hap.structure.units import Units
+from hap.structure.units import Ids, Units
 from hap.structure.value import Value
 
 
@@ -26,6 +28,21 @@ class Multiplication:
     multiplications: int
 
 
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A place where the code may have sizes of units written down, as numbers or as a module's attributes.
+
+    Attributes:
+        caller: name of the module whose forward it is.
+        ids: the units concerned.
+        sizes: the sizes of the axes involved, such as heads and head width.
+    """
+
+    caller: str
+    ids: Ids
+    sizes: tuple[int, ...]
+
+
 @dataclass
 class Context:
     """What every rule works on: the units, the names of the parameters, the layers found so far.
@@ -34,17 +51,30 @@ class Context:
         units: the relations between units.
         layers: every multiplication by a weight, in graph order; one entry for each call.
         modules: every module of the model, under all its names.
+        tensors: every parameter and buffer, under all its names.
+        written: every place where the code may have sizes of units written down.
         where: the operator at hand, for messages.
-        caller: the module whose forward calls it.
+        path: name of the module whose forward calls it.
         arg_names: for each of its arguments, the name of the parameter or buffer that it is, if it is one.
     """
 
     units: Units
     modules: Mapping[str, nn.Module]
+    tensors: Mapping[str, torch.Tensor]
     layers: list[Multiplication] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
     where: str = ""
-    caller: nn.Module | None = None
+    path: str = ""
     arg_names: list[str | None] = field(default_factory=list)
+
+    @property
+    def caller(self) -> nn.Module | None:
+        """The module whose forward calls the operator."""
+        return self.modules.get(self.path)
+
+    def write(self, ids: Ids, sizes: tuple[int, ...]) -> None:
+        """Says that the operator at hand may have these sizes of these units written down."""
+        self.written.append(Written(self.path, np.unique(ids), sizes))
 
     def tensor(self, position: int) -> str | None:
         """Name of the parameter passed at this argument position, if it is one."""

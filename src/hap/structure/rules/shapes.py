@@ -9,7 +9,7 @@ import numpy as np
 
 from hap.structure.rules.registry import Context, freeze_all, rule
 from hap.structure.units import Ids
-from hap.structure.value import Value, across, align, along, axis_ids, reshape, support, touching, without
+from hap.structure.value import Value, across, align, along, axis_ids, rearranged, reshape, support, touching, without
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -18,12 +18,19 @@ def rearrange(context: Context, shape: tuple[int, ...], x: Value, *sizes: Any) -
     open_axis = None
     if context.where in ("view", "reshape") and sizes and -1 in sizes[0]:
         open_axis = sizes[0].index(-1)
+    _write(context, x, shape)
     return reshape(context.units, x, shape, context.where, open_axis)
+
+
+def _write(context: Context, x: Value, shape: tuple[int, ...]) -> None:
+    for factor, sizes in rearranged(x, shape):
+        context.write(factor, sizes)
 
 
 @rule("view_as")
 def rearrange_as(context: Context, shape: tuple[int, ...], x: Value, other: Value) -> Value:
     """Takes another tensor's shape, so that their units are the same."""
+    _write(context, x, shape)
     return align(context.units, [reshape(context.units, x, shape, context.where), other], shape, context.where)
 
 
@@ -55,6 +62,8 @@ def matrix_transpose(context: Context, shape: tuple[int, ...], x: Value) -> Valu
 def expand(context: Context, shape: tuple[int, ...], x: Value, *_: Any) -> Value:
     """Repeats axes of size 1, which have no ids; new axes come in front."""
     extra = (1,) * (len(shape) - x.ndim)
+    for factor in x.factors:
+        context.write(factor, tuple(shape[len(extra) + a] for a in sorted(support(factor))))
     return Value(shape, tuple(f.reshape(extra + f.shape) for f in x.factors))
 
 
@@ -63,6 +72,7 @@ def cat(context: Context, shape: tuple[int, ...], tensors: Sequence[Value], axis
     """Joins the ids along `axis`; the other axes are tied."""
     units = context.units
     axis %= len(shape)
+    tensors = [across(units, value, {axis}) for value in tensors]
     parts = []
     for value in tensors:
         ids = axis_ids(units, value, axis)
@@ -156,13 +166,18 @@ def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: Any
     """Pieces are cut at fractions of the axis, so all pieces must lose the same positions."""
     if not isinstance(pieces, int):  # tensor_split at given positions
         return split(context, shapes, x, pieces, axis)
-    axis %= x.ndim
+    return _pieces(context, shapes, x, axis % x.ndim)
+
+
+def _pieces(context: Context, shapes: list[tuple[int, ...]], x: Value, axis: int) -> list[Value]:
+    """Cuts `axis` into pieces, all of which must lose the same positions."""
+    x = across(context.units, x, {axis})
     ids = axis_ids(context.units, x, axis)
     sizes = [shape[axis] for shape in shapes]
     if ids is not None:
         if len(set(sizes)) == 1:
             grid = ids.reshape(len(sizes), -1)
-            context.units.tie(grid[:1], grid[1:])
+            context.units.tie(grid[:1], grid)
         else:
             context.units.freeze(ids, f"cut into uneven pieces by {context.where}")
     return _cut(context, x, ids, axis, shapes)
@@ -170,7 +185,7 @@ def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: Any
 
 @rule("split", "split_with_sizes", "unbind", "unsafe_split")
 def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any = 0, axis: int = 0) -> Any:
-    """Pieces of constant sizes: nothing may move."""
+    """Pieces of a constant size: the code must be told the new one."""
     if shapes and len(shapes[0]) < x.ndim:  # unbind(x, axis)
         axis = int(sizes) % x.ndim
         x = across(context.units, x, {axis})
@@ -178,10 +193,9 @@ def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any 
         rest = tuple(np.squeeze(f, axis) for f in without(x, {axis}))
         return [Value(shape, rest) for shape in shapes]
     axis %= x.ndim
-    ids = axis_ids(context.units, x, axis)
-    if ids is not None:
-        context.units.freeze(ids, f"cut at constant positions by {context.where}")
-    return _cut(context, x, ids, axis, shapes)
+    for factor in touching(x, {axis}):
+        context.write(factor, tuple(shape[axis] for shape in shapes[:1]))
+    return _pieces(context, shapes, x, axis)
 
 
 @rule("slice", "narrow")
@@ -204,6 +218,7 @@ def slice_(
     span = slice(start, size if end is None else end, step)
     if context.where.endswith("narrow"):
         span = slice(start, (start or 0) + (end or 0))
+    x = across(context.units, x, {axis})
     ids = axis_ids(context.units, x, axis)
     first, last, stride = span.indices(size)
     if ids is not None:

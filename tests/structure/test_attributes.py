@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hap.surgery.attributes import sizes
+from hap.structure.attributes import sizes
 
 
 def test_a_depthwise_convolution_loses_groups() -> None:

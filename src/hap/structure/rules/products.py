@@ -1,0 +1,108 @@
+"""Products of two activations: attention, matmul, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hap.structure.rules.registry import Context, rule
+from hap.structure.units import Ids
+from hap.structure.value import Value, across, align, support, touching, without
+
+
+@rule("matmul", "bmm")
+def matmul(context: Context, shape: tuple[int, ...], first: Value, second: Value, *_: Any) -> Value:
+    """``(*batch, n, k) @ (*batch, k, m)``: units lie side by side on batch axes (heads); those summed over stay."""
+    if first.ndim < 2 or second.ndim < 2:
+        raise TypeError("a vector")
+    batch = len(shape) - 2
+    left = "".join(chr(97 + batch - first.ndim + 2 + i) for i in range(first.ndim - 2))
+    right = "".join(chr(97 + batch - second.ndim + 2 + i) for i in range(second.ndim - 2))
+    every = max(left, right, key=len)
+    return _product(context, shape, [(first, left + "NK"), (second, right + "KM")], every + "NM")
+
+
+@rule("baddbmm")
+def baddbmm(context: Context, shape: tuple[int, ...], bias: Value, first: Value, second: Value, **_: Any) -> Value:
+    """``bias + first @ second``."""
+    return align(context.units, [bias, matmul(context, shape, first, second)], shape, context.where)
+
+
+@rule("einsum")
+def einsum(context: Context, shape: tuple[int, ...], equation: str, tensors: Sequence[Value], **_: Any) -> Value:
+    """Labels in the output and in every operand are batch axes; labels that are summed over stay."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*terms, output)):
+        raise TypeError("an ellipsis, a diagonal or no output")
+    return _product(context, shape, list(zip(tensors, terms, strict=True)), output)
+
+
+@rule("scaled_dot_product_attention")
+def attention(
+    context: Context,
+    shape: tuple[int, ...],
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None = None,
+    *_: Any,
+    **options: Any,
+) -> Value:
+    """Heads lie side by side on the axis before the positions; a key head serves one query head or a group of them."""
+    heads = query.shape[-3] if query.ndim > 2 else 1
+    key, value = _repeated(key, heads), _repeated(value, heads)
+    batch = "".join(chr(97 + i) for i in range(len(shape) - 2))
+    positions = (*shape[:-1], key.shape[-2])
+    scores = _product(context, positions, [(query, batch + "LK"), (key, batch + "SK")], batch + "LS")
+    if mask is not None or isinstance(mask := options.get("attn_mask"), Value):
+        scores = align(context.units, [scores, mask], positions, context.where)
+    for factor in touching(scores, {len(shape) - 1}):
+        context.units.freeze(factor, f"positions that {context.where} weighs")
+    return _product(context, shape, [(scores, batch + "LS"), (value, batch + "SD")], batch + "LD")
+
+
+def _repeated(value: Value, heads: int) -> Value:
+    """Grouped-query attention: every key head stands for as many query heads, one beside the other."""
+    axis = value.ndim - 3
+    if axis < 0 or value.shape[axis] == heads:
+        return value
+    times = heads // value.shape[axis]
+    factors = tuple(np.repeat(f, times, axis) if axis in support(f) else f for f in value.factors)
+    return Value((*value.shape[:axis], heads, *value.shape[axis + 1 :]), factors)
+
+
+def _product(context: Context, shape: tuple[int, ...], terms: Sequence[tuple[Value, str]], output: str) -> Value:
+    """The product of labelled tensors, summed over the labels that `output` has not.
+
+    Nothing reads a unit that is summed over through a weight of its own, so that no gate can close it: it stays.
+    """
+    aligned = []
+    for value, labels in terms:
+        if len(labels) != value.ndim:
+            raise TypeError(f"{value.ndim} axes for {labels}")
+        gone = {a for a, label in enumerate(labels) if label not in output}
+        value = across(context.units, value, gone)
+        for factor in touching(value, gone):
+            context.units.freeze(factor, f"summed over by {context.where}")
+        factors = tuple(_moved(f, labels, output) for f in without(value, gone))
+        sizes = dict(zip(labels, value.shape, strict=True))
+        aligned.append(Value(tuple(sizes.get(label, 1) for label in output), factors))
+    result = align(context.units, aligned, shape, context.where)
+    shared = {a for a, label in enumerate(output) if all(label in labels for _, labels in terms)}
+    result = across(context.units, result, set(range(len(output))) - shared)
+    for factor in touching(result, shared):
+        context.units.head(factor)
+    return result
+
+
+def _moved(factor: Ids, labels: str, output: str) -> Ids:
+    """A factor's axes in the order of the output's labels."""
+    kept = [a for a, label in enumerate(labels) if label in output]
+    order = sorted(kept, key=lambda a: output.index(labels[a]))
+    rest = [a for a in range(len(labels)) if a not in kept]  # of size 1: the factor does not touch them
+    compact = factor.transpose([*order, *rest]).reshape([factor.shape[a] for a in order])
+    sizes = iter(compact.shape)
+    return compact.reshape([next(sizes) if label in labels else 1 for label in output])
