@@ -12,7 +12,7 @@ import torch
 import typer
 from curvature_peers import PEERS
 from curvature_records import Records, read, rounded, say
-from curvature_setting import DATA, RESULTS, Clock, Data, Minutes, Results, Setting, close_, load
+from curvature_setting import DATA, MODEL, RESULTS, Clock, Data, Minutes, Network, Results, Setting, close_, file, load
 
 import hap
 from hap import batches
@@ -71,17 +71,18 @@ def quality(
     samples: Annotated[int, typer.Option(help="Calibration images of every contender, and of recalibration.")] = 1024,
     test: Annotated[int, typer.Option(help="Test images of the accuracies.")] = 2000,
     seeds: Annotated[int, typer.Option(help="Runs of contenders that draw at random.")] = 3,
+    model: Network = MODEL,
     only: Annotated[str, typer.Option(help="Contenders whose name holds this; all if empty.")] = "",
 ) -> None:
     """Scores of every contender, and the accuracy after the lowest 30, 50 and 70 % have left together."""
-    clock, setting = Clock(minutes), load(data)
-    records = Records(results / "curvature-quality.jsonl", samples=samples, test=test)
+    clock, setting = Clock(minutes), load(data, model=model)
+    records = Records(file(results, "quality", model), samples=samples, test=test)
     calibration = setting.calibration(samples)
     if not records.has(contender="dense"):
         found = hap.evaluate(setting.model, setting.splits.test, samples=test)
         row = {"contender": "dense", "seed": 0, "accuracy": found.accuracy, "loss": found.loss}
         records.add(row, f"dense: {found.accuracy}")
-    for contender in contenders(_truth(setting, results)):
+    for contender in contenders(_truth(setting, file(results, "truth", model))):
         for seed in range(seeds if contender.random else 1):
             if clock.over() or only not in contender.name or records.has(contender=contender.name, seed=seed):
                 continue
@@ -101,7 +102,7 @@ def quality(
 
 def _truth(setting: Setting, results: Results) -> list[float] | None:
     """The measured rises on the calibration images, if every unit has been measured."""
-    rows = read(results / "curvature-truth.jsonl")
+    rows = read(path)
     rises = {(row["family"], row["unit"]): row["calibration_rise"] for row in rows}
     return [rises[unit] for unit in setting.units] if set(setting.units) <= set(rises) else None
 

@@ -1,4 +1,4 @@
-"""What every curvature benchmark works on: ResNet-20, CIFAR-10, and the channels inside its blocks."""
+"""What every curvature benchmark works on: a CIFAR ResNet, CIFAR-10, and the channels inside its blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "resnet20"
 
-Data = Annotated[Path, typer.Option(help="Holds resnet20.safetensors and CIFAR-10.", envvar="HAP_DATA")]
+Data = Annotated[Path, typer.Option(help="Holds the weights and CIFAR-10.", envvar="HAP_DATA")]
+Network = Annotated[str, typer.Option(help="resnet20 or resnet56.")]
 Results = Annotated[Path, typer.Option(help="Folder of the JSON-lines files.")]
 Minutes = Annotated[float, typer.Option(help="Start nothing new after this time; go on later with the same command.")]
 
@@ -33,7 +34,7 @@ class Setting:
     """The dense network in evaluation mode, its data, and its inner families.
 
     Attributes:
-        model: ResNet-20 with its trained weights.
+        model: with its trained weights.
         splits: CIFAR-10.
         structure: all that can leave, as a user's `hap.trace` gives it.
         inner: the families that a single layer produces: the channels between a block's two convolutions.
@@ -58,13 +59,18 @@ class Setting:
         return torch.cat([scores[family.name] for family in self.inner])
 
 
-def load(data: Path, *, batch_size: int = 128) -> Setting:
+def load(data: Path, *, model: str = MODEL, batch_size: int = 128) -> Setting:
     """The setting, from a folder of data."""
     splits = zoo.load_data(f"cifar10:{data}", batch_size=batch_size)
-    model = zoo.build(MODEL, weights=data / f"{MODEL}.safetensors", classes=len(splits.classes)).eval()
-    structure = hap.trace(model, (torch.zeros(2, *splits.input_shape),))
+    network = zoo.build(model, weights=data / f"{model}.safetensors", classes=len(splits.classes)).eval()
+    structure = hap.trace(network, (torch.zeros(2, *splits.input_shape),))
     inner = tuple(family for family in structure.families if len(family.roles("producer")) == 1)
-    return Setting(model, splits, structure, inner)
+    return Setting(network, splits, structure, inner)
+
+
+def file(results: Path, kind: str, model: str) -> Path:
+    """The raw results of a network: ``curvature-truth.jsonl``, ``curvature-truth-resnet56.jsonl``."""
+    return results / (f"curvature-{kind}.jsonl" if model == MODEL else f"curvature-{kind}-{model}.jsonl")
 
 
 def close_(model: nn.Module, inner: Sequence[Family], removed: Sequence[tuple[str, int]]) -> None:

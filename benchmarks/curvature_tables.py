@@ -9,6 +9,7 @@ from statistics import median, stdev
 
 import torch
 from curvature_records import Row, read
+from curvature_setting import MODEL, file
 
 NONE = "*not measured yet*"
 Cells = Sequence[str]
@@ -17,13 +18,17 @@ Cells = Sequence[str]
 def tables(results: Path) -> dict[str, str]:
     """Every table by its name in the page."""
     costs = read(results / "curvature-cost.jsonl")
-    truth, quality = read(results / "curvature-truth.jsonl"), read(results / "curvature-quality.jsonl")
+    truth, quality = (read(file(results, kind, MODEL)) for kind in ("truth", "quality"))
+    larger = [read(file(results, kind, "resnet56")) for kind in ("truth", "quality")]
     return {
         "cost": cost(costs),
         "error": error([row for row in costs if row["what"] == "error"]),
         "truth": reliability(truth),
         "rank": rank(quality, truth),
         "accuracy": accuracy(quality),
+        "truth56": reliability(larger[0]),
+        "rank56": rank(larger[1], larger[0]),
+        "accuracy56": accuracy(larger[1]),
         "scaling": scaling(read(results / "curvature-scaling.jsonl")),
     }
 
@@ -115,15 +120,17 @@ def reliability(rows: list[Row]) -> str:
 
 def rank(rows: list[Row], truth: list[Row]) -> str:
     """Spearman's correlation of each contender's scores with the measured rises, best on unseen images first."""
+    truth = sorted(truth, key=_place)
+    places = [row.get("place", i) for i, row in enumerate(truth)]  # of the measured units among all
     rises = {
-        key: torch.tensor([row[key] for row in sorted(truth, key=_place)], dtype=torch.float64)
+        key: torch.tensor([row[key] for row in truth], dtype=torch.float64)
         for key in ("calibration_rise", "unseen_rise")
     }
     lines = []
     for name in _names(rows):
         mine = [row for row in rows if row["contender"] == name and row.get("scores")]
-        if mine and len(mine[0]["scores"]) == len(truth):
-            scores = [torch.tensor(row["scores"], dtype=torch.float64) for row in mine]
+        if mine and truth:
+            scores = [torch.tensor(row["scores"], dtype=torch.float64)[places] for row in mine]
             both = [[spearman(score, rise) for score in scores] for rise in rises.values()]
             seconds = median(row["seconds"] for row in mine)
             lines.append((both[1], [name, *(_spread(values, "{:.2f}") for values in both), f"{seconds:.1f}"]))

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 from curvature_records import Records, say
-from curvature_setting import DATA, RESULTS, Clock, Data, Minutes, Results, Setting, close_, load
+from curvature_setting import DATA, MODEL, RESULTS, Clock, Data, Minutes, Network, Results, Setting, close_, file, load
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,29 +23,31 @@ def truth(
     minutes: Minutes = 120.0,
     calibration: Annotated[int, typer.Option(help="Calibration images.")] = 512,
     unseen: Annotated[int, typer.Option(help="Test images.")] = 2000,
+    model: Network = MODEL,
     limit: Annotated[int, typer.Option(help="At most so many units of each family; 0 for all.")] = 0,
 ) -> None:
     """The rise of the mean loss for every inner unit: one evaluation of the network a unit."""
-    clock, setting = Clock(minutes), load(data)
-    records = Records(results / "curvature-truth.jsonl", calibration=calibration, unseen=unseen)
+    clock, setting = Clock(minutes), load(data, model=model)
+    records = Records(file(results, "truth", model), calibration=calibration, unseen=unseen)
     images, labels = _images(setting, calibration, unseen)
-    model = copy.deepcopy(setting.model).to(memory_format=torch.channels_last)
+    network = copy.deepcopy(setting.model).to(memory_format=torch.channels_last)
     for family in setting.inner:
         todo = [u for u in range(family.size)[: limit or None] if not records.has(family=family.name, unit=u)]
         if not todo or clock.over():
             continue
-        before, after = _cut(model, family.name)
+        before, after = _cut(network, family.name)
         with torch.inference_mode():
             reads = [before(chunk) for chunk in images.split(CHUNK)]
             dense = _losses(after, reads, labels)
         for unit in todo:
             if clock.over():
                 break
-            rise = _without(model, setting, family.name, unit, reads, labels) - dense
+            rise = _without(network, setting, family.name, unit, reads, labels) - dense
             parts = {"calibration_rise": rise[:calibration], "unseen_rise": rise[calibration:]}
             row = {key: float(values.mean()) for key, values in parts.items()}
             row |= {f"{key}_stderr": float(values.std() / len(values) ** 0.5) for key, values in parts.items()}
-            records.add({"family": family.name, "unit": unit, **row}, f"{family.name} {unit}: {row}")
+            place = setting.units.index((family.name, unit))
+            records.add({"family": family.name, "unit": unit, "place": place, **row}, f"{family.name} {unit}: {row}")
     if clock.over():
         say("out of time: the same command goes on")
 
