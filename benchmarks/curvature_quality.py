@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -100,7 +101,7 @@ def quality(
         say("out of time: the same command goes on")
 
 
-def _truth(setting: Setting, results: Results) -> list[float] | None:
+def _truth(setting: Setting, path: Path) -> list[float] | None:
     """The measured rises on the calibration images, if every unit has been measured."""
     rows = read(path)
     rises = {(row["family"], row["unit"]): row["calibration_rise"] for row in rows}

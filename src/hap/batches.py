@@ -7,6 +7,7 @@ labels under ``"labels"``. Everything that runs a model over data goes through t
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -166,6 +167,14 @@ def _head(batch: Batch, count: int) -> Batch:
     return pytree.tree_map_only(torch.Tensor, cut, batch)
 
 
+def resized(batch: Batch, count: int) -> Batch:
+    """The batch with `count` examples: its own, over and over."""
+    total = size(batch)
+    index = torch.arange(count) % total
+    pick = lambda t: t[index.to(t.device)] if t.ndim and t.shape[0] == total else t  # noqa: E731
+    return pytree.tree_map_only(torch.Tensor, pick, batch)
+
+
 def take(batches: Iterable[Batch] | None, samples: int | None, device: torch.device) -> Iterator[Batch]:
     """The first `samples` examples (None: all) on `device`, the last batch cut to fit.
 
@@ -192,6 +201,52 @@ def take(batches: Iterable[Batch] | None, samples: int | None, device: torch.dev
             got="None" if batches is None else "an empty or exhausted iterable",
             remedy="pass a list or a DataLoader; a generator can be read only once",
         )
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    """Every tensor in a model's outputs: in containers, and in the fields of objects such as dataclasses.
+
+    Caches of keys and values (classes named ``...Cache``) are left out: they have as many heads as the model has.
+
+    >>> [t.shape[0] for t in tensors({"a": torch.zeros(1), "b": (torch.zeros(2), [None, torch.zeros(3)])})]
+    [1, 2, 3]
+    """
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif id(value) not in seen and not type(value).__name__.endswith("Cache"):
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                parts: Iterable[Any] = value.values()
+            elif isinstance(value, (tuple, list, set)):
+                parts = value
+            else:
+                parts = getattr(value, "__dict__", {}).values() if not isinstance(value, (nn.Module, type)) else ()
+            for part in parts:
+                walk(part)
+
+    walk(outputs)
+    return found
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, of a model that has dropped what it keeps between calls: not all of that can be copied."""
+    settled_(model)
+    return copy.deepcopy(model)
+
+
+def settled_(model: nn.Module) -> None:
+    """Lets modules drop what they keep between calls in evaluation mode, as they do when they are put in training.
+
+    Such caches are as wide as the model was, and not every one can be copied.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in modes.items():
+        module.training = mode
 
 
 @contextlib.contextmanager

@@ -217,6 +217,8 @@ class Sensitivity:
         gram: the second derivatives of the loss by all pairs of gates, float64 of shape ``(units, units)``, with the
             units in the order of ``structure.families``, one family after the other; None unless asked for. Closing
             the gates of a set of units together raises the loss by half the sum over all pairs in it.
+        skipped: families without scores, because the criterion cannot follow what reads them, each with the reason;
+            they stay. Zeros stand for them in `gram`.
     """
 
     criterion: str
@@ -227,6 +229,7 @@ class Sensitivity:
     filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gram: torch.Tensor | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,7 @@ def test_an_encoder_layer_of_pytorch():
     x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = measure(model, [(x, None)], None, structure, criterion="gate-ggn")
     assert (result.scores["0.linear1"] > 0).any()
-    # The attention uses out_proj as a function: no filter score for it, rather than a wrong one.
-    assert set(result.filters) == set(result.filters_stderr) == {"0.linear1", "0.linear2"}
+    assert set(result.filters) == set(result.filters_stderr) == {"0.linear1", "0.linear2", "0.self_attn.out_proj"}
 
 
 class Functional(nn.Module):

@@ -62,3 +62,21 @@ def test_a_label_out_of_range_is_refused(mlp):
     wrong = [(x, torch.full_like(y, 3)) for x, y in mlp.batches]
     with pytest.raises(HapError, match="a label is out of range"):
         measure(mlp.model, wrong, None, mlp.structure, criterion="gate-gradient")
+
+
+def test_head_gradient_is_the_share_of_its_family(case):
+    plain = measure(case.model, case.batches, None, case.structure, criterion="gate-gradient")
+    result = measure(case.model, case.batches, None, case.structure, criterion="head-gradient")
+    for raw, errors, values, stderr in (
+        (plain.scores, plain.stderr, result.scores, result.stderr),
+        (plain.filters, plain.filters_stderr, result.filters, result.filters_stderr),
+    ):
+        assert values.keys() == raw.keys()
+        for name, value in values.items():
+            norm = raw[name].square().sum().sqrt()
+            if norm == 0:  # a family that no weight reads has no gates
+                assert not value.any()
+                continue
+            torch.testing.assert_close(value, raw[name] / norm, rtol=1e-12, atol=0)
+            torch.testing.assert_close(stderr[name], errors[name] / norm, rtol=1e-12, atol=0)
+    assert result.criterion == "head-gradient"

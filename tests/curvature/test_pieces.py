@@ -89,7 +89,7 @@ def test_one_graph_at_a_time(mlp, criterion):
     enter = mlp.model.register_forward_pre_hook(lambda m, args: alive.append(sum(out() is not None for out in made)))
     leave = mlp.model.register_forward_hook(lambda m, args, out: made.append(weakref.ref(out)))
     measure(mlp.model, mlp.batches, None, mlp.structure, criterion=criterion)
-    assert alive == [0, 0, 0]  # the first runs again, because this network overwrites what the gates must keep
+    assert set(alive) == {0}
     enter.remove()
     leave.remove()
 
@@ -127,10 +127,10 @@ def test_options_out_of_range(mlp, option):
 def test_autocast_is_close_to_single_precision(many, criterion):
     model = many.model.float()
     data = [(x.float(), y) for x, y in many.batches]
-    dtypes = set()
-    hook = next(model.children()).register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+    dtypes = []
+    hook = next(model.children()).register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
     half = measure(model, data, None, many.structure, criterion=criterion, autocast=torch.bfloat16)
-    assert dtypes == {torch.bfloat16}
+    assert set(dtypes[2:]) == {torch.bfloat16}  # after the survey
     hook.remove()
     single = measure(model, data, None, many.structure, criterion=criterion)
     for name, scores in single.scores.items():

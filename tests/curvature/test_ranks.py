@@ -87,5 +87,5 @@ def test_consumers_that_are_not_called(conv):
         Member("inner.conv1.weight", 1, ((0,), (1,), (2,), (3,)), "consumer"),
     )
     structure = Structure((Family("stem", "channel", 4, True, members),), (), layers, {}, {})
-    with pytest.raises(HapError, match="cannot see what reads family 'stem'"):
+    with pytest.raises(HapError, match="family 'stem': it is read by 'inner.conv1', which"):
         measure(Bypass(), conv.batches, None, structure, criterion="feature-rank")

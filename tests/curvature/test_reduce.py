@@ -50,3 +50,19 @@ def test_a_producer_that_is_no_parameter_is_refused(mlp):
     wrong = replace(family, members=(replace(family.members[0], parameter="table"),))
     with pytest.raises(HapError, match="'table', which is not a parameter"):
         groups_of(mlp.model, replace(mlp.structure, families=(wrong,)))
+
+
+def test_a_head_owns_its_slices_of_all_four_projections() -> None:
+    """As HAP has it for transformers; a neuron owns its producers' rows."""
+    model = nn.ModuleDict({name: nn.Linear(6, 6, bias=False) for name in "qkvo"})
+    blocks = ((0, 1), (2, 3), (4, 5))
+    members = tuple(Member(f"{name}.weight", 0, blocks, "producer") for name in "qkv")
+    members = (*members, Member("o.weight", 1, blocks, "consumer"))
+    for kind, owned in (("head", "qkvo"), ("neuron", "qkv")):
+        family = Family("q", kind, 3, True, members)
+        groups = groups_of(model, Structure((family,), (), (), {}, {}))
+        squares = groups.sums({name: weight.square() for name, weight in groups.weights.items()})
+        for unit, block in enumerate(blocks):
+            rows = [model[name].weight.T if name == "o" else model[name].weight for name in owned]
+            expected = sum(float(weight[list(block)].detach().square().sum()) for weight in rows)
+            assert squares[unit].item() == pytest.approx(expected, rel=1e-6)

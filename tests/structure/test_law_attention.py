@@ -38,10 +38,10 @@ class Attention(nn.Module):
 class Fused(nn.Module):
     """One projection for q, k and v, taken apart by a function."""
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], width: int = 3 * INNER) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.split_size = HEADS, HEAD, INNER
-        self.qkv, self.o = nn.Linear(WIDTH, 3 * INNER), nn.Linear(INNER, WIDTH)
+        self.qkv, self.o = nn.Linear(WIDTH, width), nn.Linear(INNER, WIDTH)
         self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,6 +132,12 @@ def biased(s: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return joined(weights @ v)
 
 
+def one_key(s: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """All query heads share one key head, which has no axis of its own."""
+    weights = (counted(s, q) @ k[:, None].transpose(-2, -1)).softmax(-1)
+    return joined(weights @ v[:, None])
+
+
 def three_axes(s: Any, y: torch.Tensor) -> torch.Tensor:
     q, k, v = y.reshape(*y.shape[:2], 3, s.num_heads, s.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     return joined(F.scaled_dot_product_attention(q, k, v))
@@ -144,6 +150,13 @@ def indexed(s: Any, y: torch.Tensor) -> torch.Tensor:
 
 def cut(s: Any, y: torch.Tensor) -> torch.Tensor:
     return joined(F.scaled_dot_product_attention(*(open_heads(s, p) for p in y.split(s.split_size, dim=2))))
+
+
+def grouped_pieces(s: Any, y: torch.Tensor) -> torch.Tensor:
+    """Four query heads and two key heads in one projection: 24 + 12 + 12 of 48 features, cut by their share."""
+    part = y.shape[-1] // 4
+    q, k, v = (open_heads(s, p) for p in y.split([2 * part, part, part], -1))
+    return joined(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
 
 
 def chunked(s: Any, y: torch.Tensor) -> torch.Tensor:
@@ -168,11 +181,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "normed": (lambda: Attention(normed, norm=nn.LayerNorm(HEAD)), "q:4"),
     "grouped": (lambda: Attention(grouped, key_heads=2), "q:2"),
     "grouped sdpa": (lambda: Attention(grouped_kernel, key_heads=2), "q:2"),
+    "one key": (lambda: Attention(one_key, key_heads=1), "q:4"),
     "biased": (lambda: Attention(biased, table=parameter(5, HEADS), temperature=parameter(HEADS, 1, 1)), "q:4"),
     "fused": (lambda: Fused(three_axes), "qkv:4"),
     "fused, indexed": (lambda: Fused(indexed), "qkv:4"),
     "fused, split": (lambda: Fused(cut), "qkv:4"),
     "fused, chunks": (lambda: Fused(chunked), "qkv:4"),
+    "fused, grouped": (lambda: Fused(grouped_pieces, 2 * INNER), "qkv:2"),
     "torch's encoder layer": (
         lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 20, batch_first=True),
         "self_attn.in_proj_weight:4 linear1:20",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 S = nn.Sequential
 
@@ -125,9 +126,21 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, torch.tanh(self.weight), self.bias)
 
 
+class BatchStandardised(nn.Conv2d):
+    """A convolution whose filters are standardised by `F.batch_norm` (timm's ScaledStdConv2d)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
 class Tanh(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.tanh(weight)
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / 3)
 
 
 def parametrized(module: nn.Module) -> nn.Module:
@@ -335,6 +348,24 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         lambda s, x: s.b(F.linear(F.linear(s.a(x), s.w).relu(), s.w.t()).relu()),
         "a:8",
     ),
+    "weights of no module": (
+        lambda: {"p": weight(8, 12), "c": weight(12), "q": weight(12, 10), "b": nn.Linear(10, 2)},
+        lambda s, x: s.b(((x @ s.p + s.c).relu() @ s.q).relu()),
+        "p:12 q:10",
+    ),
+    "a weight of no module, on the left": (
+        lambda: {"p": weight(12, 8), "b": nn.Linear(12, 2)}, lambda s, x: s.b((s.p @ x.T).relu().T), "p:12",
+    ),
+    "experts": (
+        lambda: {"p": weight(3, 8, 12), "q": weight(3, 12, 8), "b": nn.Linear(8, 2)},
+        lambda s, x: s.b(torch.bmm(torch.bmm(x.expand(3, -1, -1), s.p).relu(), s.q).mean(0)),
+        "p:12 q:8",
+    ),
+    "weights multiplied with each other": (
+        lambda: {"a": nn.Linear(8, 6), "p": weight(6, 4), "q": weight(4, 10), "b": nn.Linear(10, 9), "c": weight(9, 2)},
+        lambda s, x: s.b((s.a(x) @ (s.p @ s.q)).relu()).relu() @ s.c,
+        "b:9",
+    ),
     "a weight used by a function": (
         lambda: {"a": conv(3, 8), "w": nn.Parameter(torch.randn(6, 8, 3, 3)), "b": conv(6, 3)},
         lambda s, x: s.b(F.conv2d(s.a(x), s.w).relu()),
@@ -347,6 +378,16 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     ),
     "computed weights": (
         lambda: S(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3), nn.ReLU(), conv(8, 2)), None, "0:8 2:8",
+    ),
+    "weights standardised as a batch": (
+        lambda: S(BatchStandardised(3, 8, 1), nn.ReLU(), BatchStandardised(8, 6, 1), nn.ReLU(), conv(6, 2)),
+        None,
+        "0:8~ 2:6",
+    ),
+    "weight norm": (
+        lambda: S(weight_norm(conv(3, 8)), nn.ReLU(), weight_norm(conv(8, 6)), nn.ReLU(), conv(6, 2)),
+        None,
+        "0.parametrizations.weight.original1:8~ 2.parametrizations.weight.original1:6",
     ),
     "parametrized": (
         lambda: S(conv(3, 8), nn.ReLU(), parametrized(conv(8, 8)), nn.ReLU(), conv(8, 2)),
@@ -381,6 +422,10 @@ INPUTS: dict[str, tuple[Any, ...]] = {
     "transposed 1d": (image(2, 3, 9),),
     "embedding": (torch.tensor([[1, 2, 3], [7, 1, 0]]),),
     "a weight and its transpose": (image(4, 8),),
+    "weights of no module": (image(4, 8),),
+    "a weight of no module, on the left": (image(4, 8),),
+    "experts": (image(4, 8),),
+    "weights multiplied with each other": (image(4, 8),),
 }
 
 

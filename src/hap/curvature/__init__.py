@@ -6,7 +6,7 @@ from hap.curvature.baselines import EmpiricalFisher, Random, Taylor
 from hap.curvature.criterion import CRITERIA, Criterion, Problem, Scores, register
 from hap.curvature.fisher import GateEmpirical, GateFisher, GateGGN
 from hap.curvature.gaussnewton import GGNQuadratic, GGNTrace
-from hap.curvature.gradients import GateGradient, GateTaylor
+from hap.curvature.gradients import GateGradient, GateTaylor, HeadGradient
 from hap.curvature.hutchinson import HessianTrace
 from hap.curvature.measure import measure
 from hap.curvature.norms import L1, WHC, BatchNormScale, GroupL1, GroupL2, Magnitude
@@ -28,6 +28,7 @@ __all__ = [
     "GateTaylor",
     "GroupL1",
     "GroupL2",
+    "HeadGradient",
     "HessianQuadratic",
     "HessianTrace",
     "L1",

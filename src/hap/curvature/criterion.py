@@ -13,6 +13,7 @@ from torch import nn
 
 from hap import batches
 from hap.batches import Batch
+from hap.curvature.rows import Rows
 from hap.curvature.sums import Part
 from hap.curvature.walk import Skipped, Walk
 from hap.errors import HapError
@@ -38,6 +39,7 @@ class Problem:
         gram: also give the Gram matrix, see `Scores`.
         max_memory: bytes that saved activations may take; None for no limit.
         autocast: dtype of the forward pass under `torch.autocast`; None for none.
+        rows: where the samples are in what modules read and put out, for a criterion that `Criterion.watches`.
         walk: which batches are this process's, and where what was added up is kept, see `share`.
     """
 
@@ -52,6 +54,7 @@ class Problem:
     gram: bool = False
     max_memory: int | None = None
     autocast: torch.dtype | None = None
+    rows: Mapping[tuple[str, str], Rows | None] = field(default_factory=dict)
     walk: Walk = field(default_factory=Walk)
 
     def batches(self, description: str) -> Iterator[batches.Batch]:
@@ -106,6 +109,7 @@ class Criterion(ABC):
         needs_data: whether it reads batches.
         has_gram: whether it knows the second derivatives between all pairs of units (``gram=True``).
         gate_based: whether it takes the options ``max_memory`` and ``autocast``.
+        watches: whether it looks at what modules read, so that families whose readers it cannot follow are left out.
         additive: whether its scores are means over examples, so that those of chunks of the data can be merged
             (``samples="auto"``).
         resumable: whether it reads batches by `Problem.share`, so that it can be interrupted (``state=``), and several
@@ -132,6 +136,7 @@ class Criterion(ABC):
     needs_data: ClassVar[bool] = True
     has_gram: ClassVar[bool] = False
     gate_based: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     resumable: ClassVar[bool] = False
     covers_data: ClassVar[bool] = False

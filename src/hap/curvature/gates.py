@@ -11,7 +11,7 @@ which hooks gather while one ordinary backward pass runs. Evaluation mode keeps 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from hap import batches
 from hap.curvature.layout import Layout
-from hap.curvature.taps import Tap, input_taps, not_followed, output_taps
+from hap.curvature.rows import Rows
+from hap.curvature.taps import Lost, Tap, input_taps, not_followed, output_taps
 from hap.errors import HapError
 from hap.types import Structure
 
@@ -32,17 +33,27 @@ class Gates:
     Attributes:
         layout: order of the gates.
         autocast: the dtype that the forward pass casts to where `torch.autocast` finds it safe; None for no casts.
+        rows: see `Survey`; what is not in it has its samples on the first axis.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        autocast: torch.dtype | None = None,
+        rows: Mapping[tuple[str, str], Rows | None] | None = None,
+    ) -> None:
         self.model = model
         self.autocast = autocast
+        self.rows = rows or {}
         self.layout = Layout.of(structure)
-        self.inputs = input_taps(model, structure, self.layout)
-        self.outputs = output_taps(model, self.layout)
+        self.inputs, lost = input_taps(model, structure, self.layout)
+        if lost:
+            raise not_followed(lost)
+        self.outputs = output_taps(model, structure, self.layout)
         self._samples = 0
         self._closed = False
-        self._rows = torch.empty(0)
+        self._totals = torch.empty(0)
         self._leaves: list[torch.Tensor] = []
         self._held: list[tuple[Tap, torch.Tensor, int]] = []
 
@@ -50,7 +61,7 @@ class Gates:
         """The model's outputs, with a graph that `gradients` can go back through.
 
         Raises:
-            HapError: a consumer's module is not called, or reads something without a batch axis.
+            HapError: a consumer reads something that its samples cannot be told apart in.
         """
         outputs = self._run(batch)
         overwritten = [tap for tap, values, version in self._held if values._version != version]
@@ -60,14 +71,6 @@ class Gates:
                 tap.copied = True
             del outputs  # two graphs at once would not fit into `measure`'s max_memory
             return self.forward(batch)
-        # A layer without positions is called in training mode only: here nothing is read through it.
-        uncalled = [tap for tap in self.inputs if not tap.called and tap.layer.positions]
-        if uncalled:
-            raise not_followed(
-                [(name, tap.layer.module) for tap in uncalled for name in tap.families],
-                "the model's forward never calls as a module",
-                "consumers that are called, not used as functions of their weights",
-            )
         return outputs
 
     def outputs_of(self, batch: batches.Batch) -> Any:
@@ -132,15 +135,18 @@ class Gates:
             )
         wide = torch.promote_types(total.dtype, torch.float32)
         device = batches.device_of(self.model)
-        self._rows = torch.zeros(self._samples, self.layout.size, dtype=wide, device=device)
-        torch.autograd.grad(total, self._leaves, retain_graph=keep, allow_unused=True)
-        return self._rows
+        self._totals = torch.zeros(self._samples, self.layout.size, dtype=wide, device=device)
+        # Not grad() by these leaves: hooks of the model's own (gradient checkpointing of embeddings) may have made others.
+        torch.autograd.backward(total, retain_graph=keep)
+        for leaf in self._leaves:
+            leaf.grad = None
+        return self._totals
 
     def seen(self) -> set[str]:
         """The layers whose output has been seen: a functional call, or an output without batch axis, cannot be."""
         return {tap.layer.module for tap in self.outputs if tap.called and not tap.blind}
 
-    def watch(self, tap: Tap, values: torch.Tensor) -> torch.Tensor:
+    def watch(self, tap: Tap, values: torch.Tensor, rows: Rows) -> torch.Tensor:
         """A stand-in for `values` whose gradient counts for the gates of `tap`."""
         tap.called = True
         held = values.detach().clone() if tap.copied else values.detach()
@@ -153,12 +159,12 @@ class Gates:
             alias = values.clone()
         else:
             alias = values.view_as(values) if tap.families else values
-        alias.register_hook(partial(self._add, tap, held))
+        alias.register_hook(partial(self._add, tap, held, rows))
         return alias
 
-    def _add(self, tap: Tap, values: torch.Tensor, gradient: torch.Tensor) -> None:
-        products = tap.products(values, gradient).to(self._rows)
-        self._rows.index_add_(1, tap.gates, products[:, tap.channels])
+    def _add(self, tap: Tap, values: torch.Tensor, rows: Rows, gradient: torch.Tensor) -> None:
+        products = tap.products(values, gradient, self._samples, rows).to(self._totals)
+        self._totals.index_add_(1, tap.gates, products[:, tap.channels])
 
     def enter(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward-pre hook of a consumer."""
@@ -166,28 +172,39 @@ class Gates:
             return args, kwargs
         name = "" if args else next(iter(kwargs))
         values = args[0] if args else kwargs[name]
-        if not self._has_batch_axis(tap, values):
+        rows = self._where(tap, "in", values)
+        if rows is None:
             got = f"shape {tuple(values.shape)} for a batch of {self._samples}"
-            pairs = [(name, tap.layer.module) for name in tap.families]
-            raise not_followed(pairs, "has an input without a batch axis", "one row for each sample", got)
-        alias = self.watch(tap, values)
+            problem, expected = "has an input without a batch axis", "as many rows for each sample"
+            raise not_followed([Lost(name, tap.module, problem, expected, got) for name in tap.families])
+        alias = self.watch(tap, values, rows)
         return ((alias, *args[1:]), kwargs) if args else (args, {**kwargs, name: alias})
 
     def leave(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of a layer."""
         if self._closed:
             return output
-        if self._has_batch_axis(tap, output):
-            return self.watch(tap, output)
+        rows = self._where(tap, "out", output)
+        if rows is not None:
+            return self.watch(tap, output, rows)
         tap.blind = True
         return output
 
-    def _has_batch_axis(self, tap: Tap, values: torch.Tensor) -> bool:
-        return values.ndim >= max(2, len(tap.layer.kernel) + 2) and values.shape[0] == self._samples
+    def _where(self, tap: Tap, side: str, values: torch.Tensor) -> Rows | None:
+        """Where the samples are, if they can be there."""
+        rows = self.rows.get((tap.module, side), Rows())
+        least = max(2, len(tap.layer.kernel) + 2)
+        return rows if rows is not None and values.ndim >= least and rows.fit(values, self._samples) else None
 
 
 @contextlib.contextmanager
-def gated(model: nn.Module, structure: Structure, *, autocast: torch.dtype | None = None) -> Iterator[Gates]:
+def gated(
+    model: nn.Module,
+    structure: Structure,
+    *,
+    autocast: torch.dtype | None = None,
+    rows: Mapping[tuple[str, str], Rows | None] | None = None,
+) -> Iterator[Gates]:
     """Puts the gates of `structure` into the model, and takes them out.
 
     No parameter requires gradients meanwhile (the caller restores that): only activations' are computed.
@@ -195,16 +212,16 @@ def gated(model: nn.Module, structure: Structure, *, autocast: torch.dtype | Non
     Raises:
         HapError: a family's consumer is not the weight of a convolution or linear module.
     """
-    gates = Gates(model, structure, autocast)
+    gates = Gates(model, structure, autocast, rows)
     modules = dict(model.named_modules(remove_duplicate=False))
     handles = []
     try:
         model.requires_grad_(False)
         for tap in gates.inputs:
             hook = partial(gates.enter, tap)
-            handles.append(modules[tap.layer.module].register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(modules[tap.module].register_forward_pre_hook(hook, with_kwargs=True))
         for tap in gates.outputs:
-            handles.append(modules[tap.layer.module].register_forward_hook(partial(gates.leave, tap)))
+            handles.append(modules[tap.module].register_forward_hook(partial(gates.leave, tap)))
         yield gates
     finally:
         for handle in handles:

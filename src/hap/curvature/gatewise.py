@@ -56,6 +56,7 @@ class GateCriterion(Criterion):
     """
 
     gate_based: ClassVar[bool] = True
+    watches: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
     covers_data: ClassVar[bool] = True
@@ -68,7 +69,7 @@ class GateCriterion(Criterion):
             HapError: the loss does not fit the criterion, or a family's consumers cannot be gated.
         """
         moments = Moments()
-        with gated(problem.model, problem.structure, autocast=problem.autocast) as gates:
+        with gated(problem.model, problem.structure, autocast=problem.autocast, rows=problem.rows) as gates:
             gram = Gram(gates.layout.units, max_memory=problem.max_memory) if problem.gram else None
             parts: list[Part] = [moments, _Seen(gates)] if gram is None else [moments, _Seen(gates), gram]
             for one in self._passes(problem, gates, parts):

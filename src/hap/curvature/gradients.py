@@ -5,11 +5,13 @@ They take any loss that is a mean over samples, and need labels and one backward
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
-from hap.curvature.criterion import register
+from hap.curvature.criterion import Problem, Scores, register
 from hap.curvature.gatewise import GateCriterion, Pass
 from hap.curvature.gram import Gram
 
@@ -43,3 +45,36 @@ class GateGradient(GateCriterion):
     def values(self, one: Pass, gram: Gram | None) -> torch.Tensor:
         """See `GateCriterion.values`."""
         return one.loss_gradients().abs()
+
+
+@register
+class HeadGradient(GateGradient):
+    """`GateGradient` divided by its L2 norm over each family's units, and each layer's filters.
+
+    Michel, Levy and Neubig (NeurIPS 2019, section 4.1), who rank the heads of all layers by it: their families are the
+    heads of a layer. The standard error takes the norm as given.
+    """
+
+    name: ClassVar[str] = "head-gradient"
+    additive: ClassVar[bool] = False
+
+    def score(self, problem: Problem) -> Scores:
+        """See `GateCriterion.score`."""
+        found = super().score(problem)
+        units, filters = _norms(found.scores), _norms(found.filters)
+        return replace(
+            found,
+            scores=_divided(found.scores, units),
+            stderr=_divided(found.stderr, units),
+            filters=_divided(found.filters, filters),
+            filters_stderr=_divided(found.filters_stderr, filters),
+        )
+
+
+def _norms(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The norms; 1 for what is all zero."""
+    return {name: float(value.norm()) or 1.0 for name, value in values.items()}
+
+
+def _divided(values: Mapping[str, torch.Tensor], norms: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    return {name: value / norms[name] for name, value in values.items()}

@@ -25,7 +25,7 @@ class HessianTrace(Criterion):
 
     H is the Hessian of the mean loss over the calibration examples. Its trace is estimated for all p
     at once: ``E_v[v_p . (H v)_p]`` with v of independent random signs (Hutchinson 1990). For a unit, p is the
-    union of its rows in all its producers.
+    union of its rows in all its producers; for an attention head, of its slices of W_Q, W_K, W_V and W_O.
 
     `draws` probes are made per batch. The gradient's graph is built once a batch and kept for them.
     """

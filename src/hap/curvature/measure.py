@@ -18,6 +18,7 @@ from hap.curvature.criterion import CRITERIA, Criterion, Problem
 from hap.curvature.processes import Processes, unwrapped
 from hap.curvature.sampling import need_additive, until_settled
 from hap.curvature.saved import Saved, identity
+from hap.curvature.survey import Peeked, Survey, survey
 from hap.curvature.walk import Walk
 from hap.errors import HapError, unknown
 from hap.types import Progress, Sensitivity, Structure, silent
@@ -119,14 +120,32 @@ def measure(
         )
         saved = Saved(processes.file(Path(state)), run, every=save_every)
     walk = Walk(processes, saved)
-    problem = Problem(model, batches, loss, structure, most, count, seed, progress, gram, max_memory, autocast, walk)
     # inference_mode(False) also turns gradients on, should the caller have turned them off.
     with data.evaluating(model), opened(model), _gradients_kept(model), torch.inference_mode(False), walk.together():
+        seen = Survey(structure)
+        if chosen.watches and batches is not None:
+            batches = Peeked(batches)
+            seen = survey(model, structure, batches.first)
+        problem = Problem(
+            model,
+            batches,
+            loss,
+            seen.followed,
+            most,
+            count,
+            seed,
+            progress,
+            gram,
+            max_memory,
+            autocast,
+            seen.rows,
+            walk,
+        )
         if samples == "auto":
             found = until_settled(chosen, problem, keep=0.5 if keep is None else keep, risk=risk)
         else:
             found = chosen.score(problem)
-    _check_scores(chosen.name, structure, found.scores, found.stderr)
+    _check_scores(chosen.name, seen.followed, found.scores, found.stderr)
     return Sensitivity(
         criterion=chosen.label,
         samples=found.samples,
@@ -135,7 +154,8 @@ def measure(
         stderr=_plain(found.stderr),
         filters=_plain(found.filters),
         filters_stderr=_plain(found.filters_stderr),
-        gram=found.gram,
+        gram=None if found.gram is None else seen.embedded(found.gram, structure),
+        skipped=seen.skipped,
     )
 
 

@@ -18,7 +18,7 @@ class _Norm(Criterion):
 
     needs_data: ClassVar[bool] = False
     power: ClassVar[int]
-    roles: ClassVar[tuple[Role, ...]] = ("producer",)
+    roles: ClassVar[tuple[Role, ...] | None] = None  # see `groups_of`
 
     def score(self, problem: Problem) -> Scores:
         """See the class."""
@@ -54,7 +54,7 @@ class GroupL1(_Norm):
 
     name: ClassVar[str] = "group-l1"
     power: ClassVar[int] = 1
-    roles: ClassVar[tuple[Role, ...]] = ("producer", "follower", "consumer")
+    roles: ClassVar[tuple[Role, ...] | None] = ("producer", "follower", "consumer")
 
 
 @register
@@ -66,7 +66,7 @@ class GroupL2(_Norm):
 
     name: ClassVar[str] = "group-l2"
     power: ClassVar[int] = 2
-    roles: ClassVar[tuple[Role, ...]] = ("producer", "follower", "consumer")
+    roles: ClassVar[tuple[Role, ...] | None] = ("producer", "follower", "consumer")
 
 
 @register

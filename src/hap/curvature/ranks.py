@@ -32,6 +32,7 @@ class FeatureRank(Criterion):
     """
 
     name: ClassVar[str] = "feature-rank"
+    watches: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
     covers_data: ClassVar[bool] = True
@@ -45,7 +46,8 @@ class FeatureRank(Criterion):
             HapError: what a family's consumers read cannot be seen, or is not finite.
         """
         layout = Layout.of(problem.structure)
-        reads, writes = input_taps(problem.model, problem.structure, layout), output_taps(problem.model, layout)
+        reads, _ = input_taps(problem.model, problem.structure, layout)
+        writes = output_taps(problem.model, problem.structure, layout)
         ranks = _Ranks(layout)
         moments, missed = Moments(), Sums()
         with torch.no_grad(), _watched(problem.model, reads, writes, ranks):
@@ -133,9 +135,9 @@ def _watched(model: nn.Module, reads: list[Tap], writes: list[Tap], ranks: _Rank
     try:
         for tap in reads:
             hook = partial(_enter, ranks, tap)
-            handles.append(modules[tap.layer.module].register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(modules[tap.module].register_forward_pre_hook(hook, with_kwargs=True))
         for tap in writes:
-            handles.append(modules[tap.layer.module].register_forward_hook(partial(_leave, ranks, tap)))
+            handles.append(modules[tap.module].register_forward_hook(partial(_leave, ranks, tap)))
         yield
     finally:
         for handle in handles:

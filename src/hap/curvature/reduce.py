@@ -19,8 +19,7 @@ Rows = tuple[str, int, int]  # weight, the axis whose rows are summed, number of
 class Groups:
     """The groups of weights that belong to each unit and each filter.
 
-    A unit owns its rows in *all* members of some roles (its producers, if none are named); a filter is one row of
-    one layer.
+    A unit owns its rows in *all* members of some roles; a filter is one row of one layer.
 
     Attributes:
         layout: order of the flat result.
@@ -52,11 +51,12 @@ class Groups:
         return {name: parameters[name].requires_grad_() for name in self.weights}
 
 
-def groups_of(model: nn.Module, structure: Structure, *, roles: Sequence[Role] = ("producer",)) -> Groups:
+def groups_of(model: nn.Module, structure: Structure, *, roles: Sequence[Role] | None = None) -> Groups:
     """The `Groups` of a model.
 
     Args:
-        roles: the members that make up a unit; of followers and consumers, the parameters among them. A weight
+        roles: the members that make up a unit; of followers and consumers, the parameters among them. None for those
+            that make it up in HAP: the producers, and of an attention head also the consumer, W_O. A weight
             that a unit owns by two axes (a recurrent one) has the elements where they cross counted twice.
 
     Raises:
@@ -77,8 +77,9 @@ def groups_of(model: nn.Module, structure: Structure, *, roles: Sequence[Role] =
         return starts[rows]
 
     for family, offset in layout.unit_offsets():
+        wanted = roles if roles is not None else ("producer", "consumer") if family.kind == "head" else ("producer",)
         for member in family.members:
-            if member.role not in roles:
+            if member.role not in wanted:
                 continue
             if member.parameter not in parameters:
                 if member.role != "producer":

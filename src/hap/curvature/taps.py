@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from hap import batches
 from hap.curvature.layout import Layout
+from hap.curvature.rows import Rows
 from hap.errors import HapError
 from hap.types import Layer, Structure
 
@@ -19,6 +21,7 @@ class Tap:
 
     Attributes:
         layer: the layer on whose input or output the gates are.
+        module: name of the module that computes it.
         families: the families read here; empty for the filter gates on an output.
         channels, gates: channel ``channels[i]`` is multiplied by gate ``gates[i]`` of the flat layout.
         channel_axis: 1 for convolutions, -1 for linear layers.
@@ -28,6 +31,7 @@ class Tap:
     """
 
     layer: Layer
+    module: str
     families: tuple[str, ...]
     channels: torch.Tensor
     gates: torch.Tensor
@@ -39,53 +43,66 @@ class Tap:
     def channel_axis(self) -> int:
         return 1 if self.layer.kernel else -1
 
-    def products(self, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def products(self, values: torch.Tensor, gradient: torch.Tensor, samples: int, rows: Rows) -> torch.Tensor:
         """``x * dx`` summed over everything but samples and channels: (samples, channels)."""
         wide = torch.promote_types(values.dtype, torch.float32)
         products = values.to(wide) * gradient
-        channel_axis = self.channel_axis % products.ndim
-        rest = [axis for axis in range(1, products.ndim) if axis != channel_axis]
-        return products.sum(rest) if rest else products
+        channels = self.channel_axis if self.channel_axis < 0 else self.channel_axis - products.ndim
+        products = rows.first(products, samples)
+        rest = [axis for axis in range(1, products.ndim) if axis != products.ndim + channels]
+        return products.sum(rest)
 
 
-def input_taps(model: nn.Module, structure: Structure, layout: Layout) -> list[Tap]:
-    """One tap for each module that reads a family, with the gates of all the families it reads."""
-    readers: dict[str, list[Layer]] = {}
+@dataclass(frozen=True)
+class Lost:
+    """A family that no gate can follow: who reads it, and what about that is the problem."""
+
+    family: str
+    reader: str
+    problem: str
+    expected: str
+    got: str = ""
+
+
+def input_taps(model: nn.Module, structure: Structure, layout: Layout) -> tuple[list[Tap], list[Lost]]:
+    """One tap for each module that reads a family, with the gates of all the families it reads; and what is lost."""
+    readers: dict[str, list[tuple[Layer, str]]] = {}
     for layer in structure.layers:
-        if _owns_weight(model, layer):
-            readers.setdefault(layer.weight, []).append(layer)
+        for module in _modules(model, structure, layer):
+            readers.setdefault(layer.weight, []).append((layer, module))
     reads: dict[str, tuple[Layer, list[str], list[int], list[int]]] = {}
-    lost: list[tuple[str, str]] = []
+    lost: list[Lost] = []
     for family, offset in layout.unit_offsets():
         for member in family.roles("consumer"):
-            layers = readers.get(member.parameter, [])
-            if not layers or member.axis != 1 - layers[0].output_axis:
-                lost.append((family.name, f"{member.parameter} (axis {member.axis})"))
+            found = readers.get(member.parameter, [])
+            if not found or member.axis != 1 - found[0][0].output_axis:
+                problem = "is not the input of a convolution or linear module"
+                expected = "consumers that are the input axis of such a module's weight"
+                lost.append(Lost(family.name, f"{member.parameter} (axis {member.axis})", problem, expected))
                 continue
-            for layer in layers:
-                _, names, channels, gates = reads.setdefault(layer.module, (layer, [], [], []))
+            for layer, module in found:
+                _, names, channels, gates = reads.setdefault(module, (layer, [], [], []))
                 names.append(family.name)
                 for unit, positions in enumerate(member.indices):
                     read = _channels(layer, structure, positions)
                     channels.extend(read)
                     gates.extend([offset + unit] * len(read))
-    if lost:
-        problem = "is not the input of a convolution or linear module"
-        raise not_followed(lost, problem, "consumers that are the input axis of such a module's weight")
     device = batches.device_of(model)
-    return [
-        Tap(layer, tuple(names), torch.tensor(channels, device=device), torch.tensor(gates, device=device))
-        for layer, names, channels, gates in reads.values()
+    taps = [
+        Tap(layer, module, tuple(names), torch.tensor(channels, device=device), torch.tensor(gates, device=device))
+        for module, (layer, names, channels, gates) in reads.items()
     ]
+    return taps, lost
 
 
-def output_taps(model: nn.Module, layout: Layout) -> list[Tap]:
+def output_taps(model: nn.Module, structure: Structure, layout: Layout) -> list[Tap]:
     """One tap for each layer that is a module; what a functional call puts out cannot be seen."""
     device = batches.device_of(model)
     return [
-        Tap(layer, (), torch.arange(layer.filters, device=device), offset + torch.arange(layer.filters, device=device))
+        Tap(layer, module, (), each, offset + each)
         for layer, offset in layout.filter_offsets()
-        if _owns_weight(model, layer)
+        for each in [torch.arange(layer.filters, device=device)]
+        for module in _modules(model, structure, layer)
     ]
 
 
@@ -97,21 +114,28 @@ def _channels(layer: Layer, structure: Structure, positions: tuple[int, ...]) ->
     return [group * width + position for group in range(layer.groups) for position in positions]
 
 
-def _owns_weight(model: nn.Module, layer: Layer) -> bool:
-    """Whether the layer is a module that computes with ``self.weight``, and not a part of a larger one."""
-    module = model.get_submodule(layer.module)
-    weight = getattr(module, "weight", None)
-    return weight is model.get_parameter(layer.weight) and next(module.children(), None) is None
+def _modules(model: nn.Module, structure: Structure, layer: Layer) -> list[str]:
+    """The modules that compute the layer with ``self.weight`` (several where tied) and are no part of a larger one."""
+    weight = model.get_parameter(layer.weight)
+    others = {other.module for other in structure.layers} - {layer.module}
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is weight
+        and name not in others
+        and not isinstance(module, nn.Embedding)
+        and next(module.children(), None) is None
+    ]
 
 
-def not_followed(pairs: list[tuple[str, str]], problem: str, expected: str, got: str = "") -> HapError:
-    """The error for (family, consumer) pairs; names all the families, so that one more run is enough."""
-    family, consumer = pairs[0]
-    names = list(dict.fromkeys(name for name, _ in pairs))
+def not_followed(lost: Sequence[Lost]) -> HapError:
+    """The error for lost families; names all of them, so that one more run is enough."""
+    first = lost[0]
+    names = list(dict.fromkeys(one.family for one in lost))
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return HapError(
-        f"gates cannot follow family {family!r}{more}: it is read by {consumer!r}, which {problem}",
-        expected=expected,
-        got=got,
+        f"gates cannot follow family {first.family!r}{more}: it is read by {first.reader!r}, which {first.problem}",
+        expected=first.expected,
+        got=first.got,
         remedy=f"leave it out: hap.trace(..., ignore={names}); or use taylor, hessian-trace or magnitude",
     )

@@ -12,7 +12,22 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from hap.batches import tensors
 from hap.errors import HapError
+
+_INSIDE = "model"  # the name that the user's model has inside of what is exported
+
+
+class _Tensors(nn.Module):
+    """A model that gives out the tensors in its outputs alone: caches and dataclasses cannot be exported."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(_INSIDE, model)
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        return tensors(getattr(self, _INSIDE)(*args, **kwargs))
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
@@ -24,7 +39,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, dict(kwargs), strict=False)
+            return torch.export.export(_Tensors(model), args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types, and users' code any
         _check_runs(model, args, kwargs)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -56,7 +71,7 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
     """From placeholder node to the parameter or persistent buffer that it stands for."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     return {
-        spec.arg.name: spec.target
+        spec.arg.name: spec.target.removeprefix(f"{_INSIDE}.")
         for spec in program.graph_signature.input_specs
         if spec.kind in kinds and spec.target is not None
     }
@@ -79,7 +94,7 @@ def is_pointwise(node: fx.Node) -> bool:
 def caller(node: fx.Node) -> str:
     """Name of the module whose forward runs the operator; torch.export adds ``@n`` to a second call's."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return stack[-1][0].partition("@")[0] if stack else ""
+    return stack[-1][0].partition("@")[0].removeprefix(_INSIDE).removeprefix(".") if stack else ""
 
 
 def shapes(value: Any) -> Any:

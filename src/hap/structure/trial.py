@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from hap.batches import tensors
 from hap.structure.attributes import mirrors
 from hap.structure.rules.registry import Written
 from hap.structure.units import Units
@@ -131,7 +131,7 @@ class Trial:
     def _run(self) -> Any:
         with torch.no_grad(), torch.random.fork_rng():
             outputs = self.model(*self.args, **self.kwargs)
-        return [tuple(leaf.shape) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        return [tuple(tensor.shape) for tensor in tensors(outputs)]
 
 
 def _places(families: Sequence[Family], written: Iterable[Written], units: Units) -> dict[str, list[Written]]:

@@ -110,6 +110,10 @@ class Units:
         """Says that attention treats these units side by side."""
         self.heads.update(int(i) for i in np.unique(ids))
 
+    def are_heads(self, ids: Ids) -> bool:
+        """Whether attention treats these units side by side."""
+        return int(ids.flat[0]) in self.heads
+
     def settle_grids(self) -> None:
         """Makes every split of an axis into several rectangular.
 

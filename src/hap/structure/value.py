@@ -135,11 +135,11 @@ def reshape(units: Units, value: Value, shape: tuple[int, ...], where: str, open
     """
     blocks = _blocks(value.shape, shape)
     touched = [[i for i, (source, _) in enumerate(blocks) if support(f) & set(source)] for f in value.factors]
-    shared = {i for i, block in enumerate(blocks) if not _same(value.shape, shape, block)}
-    shared = {i for i in shared if sum(i in own for own in touched) > 1}
+    merged = {i for i, block in enumerate(blocks) if not _same(value.shape, shape, block)}
+    shared = {i for i in merged if sum(i in own for own in touched) > 1}
     factors: list[Ids] = []
     for factor, own in zip(value.factors, touched, strict=True):
-        if shared & set(own):
+        if shared & set(own) and not units.are_heads(factor):  # heads leave as a whole, whatever their width
             units.freeze(factor, f"two axes of units are merged by {where}")
             continue
         source = [a for i in own for a in blocks[i][0]]

@@ -63,17 +63,29 @@ def per_channel_norm(
     bias: Value | None,
     mean: Value | None,
     variance: Value | None,
+    of_input: bool = False,
     *_: Any,
 ) -> Value:
-    """Each channel is normalised by itself; an instance norm mixes the positions in it."""
+    """Each channel is normalised by itself; statistics of the input mix what else is in it."""
     if context.where == "instance_norm":
         for factor in touching(x, set(range(2, x.ndim))):
             context.units.freeze(factor, "positions that instance_norm mixes")
+    elif of_input:  # also how some code standardises weights: input channels are mixed
+        for factor in touching(x, {0, *range(2, x.ndim)}):
+            context.units.blur(factor)
     channel = axis_ids(context.units, x, 1)
     for tensor in (weight, bias, mean, variance):
         if tensor is not None:
             context.units.tie(channel, axis_ids(context.units, tensor, 0))
     return Value(shape, x.factors)
+
+
+@rule("_weight_norm")
+def weight_norm(context: Context, shape: tuple[int, ...], direction: Value, length: Value, axis: int = 0) -> Value:
+    """``w = length * direction / |direction|``, the norm taken over all axes but one: it mixes the units on those."""
+    for factor in touching(direction, set(range(len(shape))) - {axis}):
+        context.units.blur(factor)
+    return align(context.units, [direction, length], shape, context.where)
 
 
 @rule("layer_norm", "rms_norm")

@@ -22,7 +22,7 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, bias: Value | None = None) -> Value:
     """``y[..., o] = sum_i w[o, i] x[..., i] + b[o]``."""
     units = context.units
-    _consume(context, axis_ids(units, x, -1), axis_ids(units, weight, 1))
+    consume(context, axis_ids(units, x, -1), axis_ids(units, weight, 1))
     out = _produce(context, weight, 0, bias)
     _record(context, weight, 0, (), 1, False, math.prod(shape[:-1]))
     return _with(shape, without(x, {x.ndim - 1}), out, len(shape) - 1)
@@ -34,7 +34,7 @@ def addmm(context: Context, shape: tuple[int, ...], bias: Value, x: Value, weigh
     name = context.tensor(2)
     if name is None or getattr(context.caller, "weight", None) is not context.tensors[name]:
         raise TypeError("not the weight of a module of its own")
-    _consume(context, axis_ids(context.units, x, 1), axis_ids(context.units, weight, 0))
+    consume(context, axis_ids(context.units, x, 1), axis_ids(context.units, weight, 0))
     out = _produce(context, weight, 1, bias)
     _record(context, weight, 1, (), 1, False, shape[0], at=2, bias=0)
     return _with(shape, without(x, {1}), out, 1)
@@ -59,7 +59,7 @@ def convolution(
     inner = axis_ids(units, weight, 1)
     out = _produce(context, weight, 0, bias)
     if groups == 1:
-        _consume(context, read, inner)
+        consume(context, read, inner)
     else:
         _group(context, read, inner, out, groups, weight.shape[0] // groups, weight.shape[1])
     _record(context, weight, 0, weight.shape[2:], groups, False, math.prod(shape) // weight.shape[0])
@@ -87,7 +87,7 @@ def transposed(
     channel = len(shape) - (weight.ndim - 2) - 1
     read = axis_ids(units, x, channel)
     out = _produce(context, weight, 1, bias if groups == 1 else None)
-    _consume(context, read, axis_ids(units, weight, 0))
+    consume(context, read, axis_ids(units, weight, 0))
     _record(context, weight, 1, weight.shape[2:], groups, True, math.prod(x.shape) // weight.shape[0])
     if groups > 1:
         for value in (x, weight, *([bias] if bias else [])):
@@ -107,7 +107,8 @@ def embedding(context: Context, shape: tuple[int, ...], weight: Value, index: Va
     return _with(shape, (), out, len(shape) - 1)
 
 
-def _consume(context: Context, read: Ids | None, inner: Ids | None) -> None:
+def consume(context: Context, read: Ids | None, inner: Ids | None) -> None:
+    """Says that the weight's axis `inner` reads the units `read`."""
     context.units.play(inner, "consumer")
     if read is None and inner is not None:
         context.units.freeze(inner, "reads an input of fixed size")

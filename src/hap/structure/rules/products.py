@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from hap.structure.rules.layers import consume
 from hap.structure.rules.registry import Context, rule
 from hap.structure.units import Ids
-from hap.structure.value import Value, across, align, support, touching, without
+from hap.structure.value import Value, across, align, axis_ids, support, touching, without
 
 
 @rule("matmul", "bmm")
 def matmul(context: Context, shape: tuple[int, ...], first: Value, second: Value, *_: Any) -> Value:
-    """``(*batch, n, k) @ (*batch, k, m)``: units lie side by side on batch axes (heads); those summed over stay."""
+    """``(*batch, n, k) @ (*batch, k, m)``: units lie side by side on batch axes (heads); those summed over stay.
+
+    Where one of the two is a parameter it is a weight, and reads what is summed over. Its multiplications are not
+    counted: no module stands for them.
+    """
     if first.ndim < 2 or second.ndim < 2:
         raise TypeError("a vector")
     batch = len(shape) - 2
     left = "".join(chr(97 + batch - first.ndim + 2 + i) for i in range(first.ndim - 2))
     right = "".join(chr(97 + batch - second.ndim + 2 + i) for i in range(second.ndim - 2))
     every = max(left, right, key=len)
-    return _product(context, shape, [(first, left + "NK"), (second, right + "KM")], every + "NM")
+    terms = [(first, left + "NK"), (second, right + "KM")]
+    weights = [i for i in (0, 1) if context.tensor(i) is not None]
+    read = _weight(context, terms[weights[0]], terms[1 - weights[0]], every + "NM") if len(weights) == 1 else set()
+    return _product(context, shape, terms, every + "NM", read)
 
 
 @rule("baddbmm")
@@ -74,10 +82,29 @@ def _repeated(value: Value, heads: int) -> Value:
     return Value((*value.shape[:axis], heads, *value.shape[axis + 1 :]), factors)
 
 
-def _product(context: Context, shape: tuple[int, ...], terms: Sequence[tuple[Value, str]], output: str) -> Value:
+def _weight(context: Context, weight: tuple[Value, str], other: tuple[Value, str], output: str) -> set[str]:
+    """Says which axes of a weight read and which produce; returns the labels of those that read."""
+    read = set()
+    for axis, label in enumerate(weight[1]):
+        ids = axis_ids(context.units, weight[0], axis)
+        if label not in output:
+            consume(context, axis_ids(context.units, other[0], other[1].index(label)), ids)
+            read.add(label)
+        elif label not in other[1]:
+            context.units.play(ids, "producer")
+    return read
+
+
+def _product(
+    context: Context,
+    shape: tuple[int, ...],
+    terms: Sequence[tuple[Value, str]],
+    output: str,
+    read: Collection[str] = (),
+) -> Value:
     """The product of labelled tensors, summed over the labels that `output` has not.
 
-    Nothing reads a unit that is summed over through a weight of its own, so that no gate can close it: it stays.
+    Nothing but a weight (labels `read`) reads a unit that is summed over, so that no gate can close it: it stays.
     """
     aligned = []
     for value, labels in terms:
@@ -93,7 +120,7 @@ def _product(context: Context, shape: tuple[int, ...], terms: Sequence[tuple[Val
     result = align(context.units, aligned, shape, context.where)
     shared = {a for a, label in enumerate(output) if all(label in labels for _, labels in terms)}
     result = across(context.units, result, set(range(len(output))) - shared)
-    for factor in touching(result, shared):
+    for factor in touching(result, shared) if not read else ():
         context.units.head(factor)
     return result
 

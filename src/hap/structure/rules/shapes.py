@@ -27,7 +27,7 @@ def _write(context: Context, x: Value, shape: tuple[int, ...]) -> None:
         context.write(factor, sizes)
 
 
-@rule("view_as")
+@rule("view_as", "reshape_as")
 def rearrange_as(context: Context, shape: tuple[int, ...], x: Value, other: Value) -> Value:
     """Takes another tensor's shape, so that their units are the same."""
     _write(context, x, shape)
@@ -52,10 +52,10 @@ def move_axis(context: Context, shape: tuple[int, ...], x: Value, source: Any, t
     return Value(shape, tuple(np.moveaxis(f, source, target) for f in x.factors))
 
 
-@rule("t", "numpy_T")
+@rule("t", "numpy_T", "mT")
 def matrix_transpose(context: Context, shape: tuple[int, ...], x: Value) -> Value:
-    """Swaps the axes of a matrix."""
-    return Value(shape, tuple(f.T for f in x.factors))
+    """Swaps the axes of a matrix, or of a batch of them."""
+    return Value(shape, tuple(f.swapaxes(-2, -1) if context.where == "mT" else f.T for f in x.factors))
 
 
 @rule("expand")
@@ -169,8 +169,10 @@ def chunk(context: Context, shapes: list[tuple[int, ...]], x: Value, pieces: Any
     return _pieces(context, shapes, x, axis % x.ndim)
 
 
-def _pieces(context: Context, shapes: list[tuple[int, ...]], x: Value, axis: int) -> list[Value]:
-    """Cuts `axis` into pieces, all of which must lose the same positions."""
+def _pieces(
+    context: Context, shapes: list[tuple[int, ...]], x: Value, axis: int, *, listed: bool = False
+) -> list[Value]:
+    """Cuts `axis` into pieces, all of which must lose the same positions; of listed sizes, each its own."""
     x = across(context.units, x, {axis})
     ids = axis_ids(context.units, x, axis)
     sizes = [shape[axis] for shape in shapes]
@@ -178,7 +180,7 @@ def _pieces(context: Context, shapes: list[tuple[int, ...]], x: Value, axis: int
         if len(set(sizes)) == 1:
             grid = ids.reshape(len(sizes), -1)
             context.units.tie(grid[:1], grid)
-        else:
+        elif not listed:
             context.units.freeze(ids, f"cut into uneven pieces by {context.where}")
     return _cut(context, x, ids, axis, shapes)
 
@@ -194,8 +196,9 @@ def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any 
         return [Value(shape, rest) for shape in shapes]
     axis %= x.ndim
     for factor in touching(x, {axis}):
-        context.write(factor, tuple(shape[axis] for shape in shapes[:1]))
-    return _pieces(context, shapes, x, axis)
+        context.write(factor, tuple({shape[axis]: 0 for shape in shapes}))
+    # A list of sizes must add up, so that the trial sees whether the code knows the new ones.
+    return _pieces(context, shapes, x, axis, listed=isinstance(sizes, Sequence) and context.where != "tensor_split")
 
 
 @rule("slice", "narrow")
