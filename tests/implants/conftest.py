@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+
+from hap.implants import Dense, Fitted, Geometry, Implanted, Target, build, form_of, from_weights
+from hap.types import Layer
 
 SPATIAL = {nn.Conv1d: (11,), nn.Conv2d: (9, 10), nn.Conv3d: (6, 7, 6)}
 CASES = {
@@ -56,3 +61,43 @@ def conv(request: pytest.FixtureRequest) -> _ConvNd:
 def x(conv: _ConvNd) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(3, 6, *SPATIAL[type(conv)], generator=generator, dtype=torch.float64)
+
+
+FORMS = {"pointwise": None, "low-rank": 2, "depthwise": 1, "depthwise, 2 kernels": 2}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> tuple[str, int | None]:
+    """Every form, by name, with a rank."""
+    return request.param.partition(",")[0], FORMS[request.param]
+
+
+def record(layer: Dense) -> Layer:
+    """What a structure would say of it."""
+    bias = None if layer.bias is None else "bias"
+    geometry = Geometry.of(layer)
+    return Layer("", "weight", bias, len(layer.weight), 0, geometry.kernel, geometry.groups, False, 1)
+
+
+@pytest.fixture
+def layer_of() -> Callable[[Dense], Layer]:
+    return record
+
+
+@pytest.fixture
+def implant() -> Callable[..., Implanted]:
+    """Makes an implanted layer of a whole one, fitted to the weights alone."""
+
+    def make(
+        layer: Dense,
+        rows: Sequence[int],
+        form: str = "pointwise",
+        rank: int | None = None,
+        fitted: Fitted | None = None,
+    ) -> Implanted:
+        target = Target(sorted(rows), range(layer.weight.shape[1]), form_of(form), rank)
+        bias = None if layer.bias is None else layer.bias.detach()
+        flags = [i in rows for i in range(len(layer.weight))]
+        return build(layer, layer.weight.detach(), bias, flags, fitted or from_weights(layer, target))
+
+    return make

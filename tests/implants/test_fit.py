@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
-from hap.implants import Fitted, Target, build, centre_taps, least_squares
+from hap.implants import Fitted, Geometry, Target, depthwise, form_of, from_weights, least_squares
 
 
 def rows_of(conv: _ConvNd) -> list[int]:
@@ -20,119 +20,188 @@ def rows_of(conv: _ConvNd) -> list[int]:
     return [b * block + i for b in (2, 0) for i in range(block)]
 
 
+def target(rows: Sequence[int], columns: Sequence[int], form: str = "pointwise", rank: int | None = None) -> Target:
+    return Target(rows, columns, form_of(form), rank)
+
+
 def batches(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, None]]:
     return iter([(x[:1], None), (x[1:], None)])
 
 
-def fit(conv: _ConvNd, x: torch.Tensor, target: Target) -> Fitted:
-    return least_squares(nn.Sequential(conv), {"0": target}, batches(x))["0"]
+def fit(layer: nn.Module, x: torch.Tensor, wanted: Target) -> Fitted:
+    return least_squares(nn.Sequential(layer), {"0": wanted}, batches(x))["0"]
 
 
-def centre_inputs(conv: _ConvNd, x: torch.Tensor) -> torch.Tensor:
-    """The input at each filter's centre tap, unfolded by convolutions with one-hot kernels: (N, in, *out)."""
-    probe = type(conv)(6, 6, conv.kernel_size, conv.stride, conv.padding, conv.dilation, 6, False, conv.padding_mode)
-    probe = probe.double().requires_grad_(False)
-    probe.weight.zero_()
-    probe.weight[(slice(None), 0, *[(k - 1) // 2 for k in conv.kernel_size])] = 1
-    return probe(x)
+def patches(layer: nn.Module, x: torch.Tensor, columns: Sequence[int], *, centre: bool) -> torch.Tensor:
+    """One row for each output position: what a filter of group 0 reads, with a 1 for the bias."""
+    views = Geometry.of(layer).views(x, centre=centre)[:, columns]
+    design = views.flatten(1, 2).movedim(1, -1).reshape(-1, views.shape[1] * views.shape[2])
+    return design if layer.bias is None else torch.cat([design, torch.ones_like(design[:, :1])], 1)
 
 
-def oracle(conv: _ConvNd, x: torch.Tensor, row: int, columns: list[int]) -> torch.Tensor:
-    """The weights, and the bias at the end, of one filter by `torch.linalg.lstsq` on all patches."""
-    per_group, width = conv.out_channels // conv.groups, conv.weight.shape[1]
-    inputs = [row // per_group * width + c for c in columns]
-    design = centre_inputs(conv, x)[:, inputs].movedim(1, -1).reshape(-1, len(columns))
-    if conv.bias is not None:
-        design = torch.cat([design, torch.ones_like(design[:, :1])], 1)
-    return torch.linalg.lstsq(design, conv(x)[:, row].detach().reshape(-1, 1)).solution[:, 0]
+def outputs(layer: nn.Module, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    y = layer(x).detach()
+    return (y if isinstance(layer, nn.Linear) else y.movedim(1, -1)).flatten(0, -2)[:, rows]
 
 
-def test_equals_lstsq_on_the_patches(conv, x) -> None:
+def weights_and_bias(fitted: Fitted, layer: nn.Module) -> torch.Tensor:
+    dense = fitted.target.form.dense(fitted.factors, Geometry.of(layer)).flatten(1)
+    return dense if fitted.bias is None else torch.cat([dense, fitted.bias[:, None]], 1)
+
+
+def test_pointwise_equals_lstsq_on_the_patches(conv, x) -> None:
     rows, columns = rows_of(conv), list(range(conv.weight.shape[1]))[::-1][:4]
-    fitted = fit(conv, x, Target(rows, columns))
-    want = torch.stack([oracle(conv, x, row, columns) for row in rows])
-    got = fitted.weight.flatten(1)
-    if conv.bias is not None:
-        got = torch.cat([got, fitted.bias[:, None]], 1)
-    else:
-        assert fitted.bias is None
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # the ridge is 1e-6 of the energy
+    fitted = fit(conv, x, target(rows, columns))
+    per_group, width = conv.out_channels // conv.groups, conv.weight.shape[1]
+    for i, row in enumerate(rows):
+        inputs = [row // per_group * width + c for c in columns]
+        design = patches(conv, x, inputs, centre=True)
+        want = torch.linalg.lstsq(design, outputs(conv, x, [row])).solution[:, 0]
+        got = fitted.factors[0][i].flatten()
+        got = got if fitted.bias is None else torch.cat([got, fitted.bias[i : i + 1]])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # the ridge is 1e-6 of the energy
+    assert (fitted.bias is None) == (conv.bias is None)
 
 
-def residual(conv: _ConvNd, x: torch.Tensor, target: Target, fitted: Fitted) -> float:
-    flags = [i in target.rows for i in range(conv.out_channels)]
-    order = [list(target.rows).index(i) for i in sorted(target.rows)]
-    in_place = Fitted(fitted.weight[order], None if fitted.bias is None else fitted.bias[order])
-    bias = None if conv.bias is None else conv.bias.detach()
-    module = build(conv, conv.weight.detach(), bias, flags, in_place)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 5), (40, 6)),
+        (nn.Linear(6, 5, bias=False), (9, 4, 6)),
+        (nn.Conv2d(6, 5, 3, padding=1, stride=2), (3, 6, 9, 9)),
+        (nn.Conv1d(6, 5, 3, bias=False), (4, 6, 11)),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_is_the_best_of_its_rank(layer, shape, rank) -> None:
+    """Eckart and Young: the error is the tail of the singular values of the whitened regression."""
+    layer = copy.deepcopy(layer).double()
+    x = correlated(*shape)
+    if layer.weight.ndim > 2:
+        x = x.reshape(shape)
+    rows, columns = [4, 0, 1, 3], [0, 2, 3, 5]
+    fitted = fit(layer, x, target(rows, columns, "low-rank", rank))
+    design, y = patches(layer, x, columns, centre=False), outputs(layer, x, rows)
+    missed = y - design @ weights_and_bias(fitted, layer).T
+    if layer.bias is not None:
+        design, y = design[:, :-1] - design[:, :-1].mean(0), y - y.mean(0)
+    free = design @ torch.linalg.lstsq(design, y).solution
+    tail = torch.linalg.svdvals(free)[rank:].square().sum() + (y - free).square().sum()
+    assert 0 <= float(missed.square().sum() / tail) - 1 < 1e-6
+
+
+def test_low_rank_minds_the_inputs() -> None:
+    """Not the truncated SVD of the weights: a direction that no input has is not worth a rank."""
+    layer = nn.Linear(2, 2, bias=False).double()
+    layer.weight.data = torch.diag(torch.tensor([5.0, 1.0])).double()
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([0.01, 1])
+    wanted = target([0, 1], [0, 1], "low-rank", 1)
+    assert weights_and_bias(fit(layer, x, wanted), layer)[1, 1] > 0.99
+    assert weights_and_bias(from_weights(layer, wanted), layer)[0, 0] > 4.99
+
+
+def correlated(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    axis = 1 if len(shape) > 2 and shape[1] == 6 else -1
+    mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    return torch.tensordot(x, mix, dims=([axis], [0])).movedim(-1, axis) + 0.5
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_depthwise_goes_down_to_a_minimum(rank, monkeypatch) -> None:
+    """With many sweeps, the error's gradient by every factor vanishes; with the usual few it is near."""
+    conv = nn.Conv2d(6, 5, 3, padding=1, bias=False).double()
+    conv.weight.data = torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, geometry, wanted = correlated(8, 6, 7, 7), Geometry.of(conv), target(range(5), range(6), "depthwise", rank)
+
+    def error(fitted: Fitted) -> tuple[float, float]:
+        factors = tuple(f.clone().requires_grad_() for f in fitted.factors)
+        missed = (conv(x).detach() - nn.functional.conv2d(x, wanted.form.dense(factors, geometry), padding=1)).square()
+        missed.mean().backward()
+        return float(missed.detach().mean()), max(float(f.grad.norm() * f.detach().norm()) for f in factors)
+
+    start, slope = error(from_weights(conv, wanted))
+    few, _ = error(fit(conv, x, wanted))
+    monkeypatch.setattr(depthwise, "SWEEPS", 300)
+    monkeypatch.setattr(depthwise, "RISE", 0)
+    best, flat = error(fit(conv, x, wanted))
+    assert flat < 1e-3 * slope
+    assert best <= few < 1.05 * best < start
+
+
+def residual(conv: _ConvNd, x: torch.Tensor, fitted: Fitted, implant: Callable[..., nn.Module]) -> float:
+    wanted = fitted.target
+    order = sorted(range(len(wanted.rows)), key=lambda i: wanted.rows[i])
+    in_place = Fitted(
+        wanted,
+        (*fitted.factors[:-1], fitted.factors[-1][order]),
+        None if fitted.bias is None else fitted.bias[order],
+    )
+    module = implant(conv, wanted.rows, wanted.form.name, wanted.rank, in_place)
     return float((module(x) - conv(x)).detach().square().sum())
 
 
-def test_never_worse_than_the_centre_taps_on_the_data(conv, x) -> None:
-    target = Target(rows_of(conv), list(range(conv.weight.shape[1])))
-    best = residual(conv, x, target, fit(conv, x, target))
-    assert best < residual(conv, x, target, centre_taps(conv, target))
+def test_the_data_help(conv, x, form, implant, layer_of) -> None:
+    """No form is farther from the dense outputs when it is fitted to them."""
+    name, rank = form
+    if not form_of(name).applies(layer_of(conv)):
+        pytest.skip("has groups")
+    wanted = target(rows_of(conv), range(conv.weight.shape[1]), name, rank)
+    with_data, without = fit(conv, x, wanted), from_weights(conv, wanted)
+    assert residual(conv, x, with_data, implant) < residual(conv, x, without, implant) + 1e-12
 
 
-def test_not_worse_where_the_centre_taps_are_right(conv, x) -> None:
-    """A filter that is its centre tap already is found again."""
-    target = Target(rows_of(conv), list(range(conv.weight.shape[1])))
-    taps = centre_taps(conv, target)
-    with torch.no_grad():
-        for i, row in enumerate(target.rows):
-            conv.weight[row] = 0
-            conv.weight[(row, slice(None), *[(k - 1) // 2 for k in conv.kernel_size])] = taps.weight[i].flatten()
-    fitted = fit(conv, x, target)
-    torch.testing.assert_close(fitted.weight, taps.weight, rtol=1e-9, atol=1e-9)
-
-
-def test_the_centre_taps_are_those_of_the_filters() -> None:
+def test_the_weights_alone_give_the_centre_taps() -> None:
     conv = nn.Conv2d(3, 4, (3, 4))
-    found = centre_taps(conv, Target([2, 0], [1, 2]))
-    assert torch.equal(found.weight, conv.weight[[2, 0]][:, [1, 2], 1:2, 1:2])
+    found = from_weights(conv, target([2, 0], [1, 2]))
+    torch.testing.assert_close(found.factors[0], conv.weight[[2, 0]][:, [1, 2], 1:2, 1:2].detach())
     assert torch.equal(found.bias, conv.bias[[2, 0]])
-    assert not found.weight.requires_grad
-    assert centre_taps(nn.Conv2d(3, 4, 3, bias=False), Target([0], [0])).bias is None
+    assert not found.factors[0].requires_grad
+    assert from_weights(nn.Conv2d(3, 4, 3, bias=False), target([0], [0])).bias is None
 
 
 @pytest.mark.parametrize("dead", ["one channel", "all"])
-def test_dead_inputs_keep_their_centre_taps(dead) -> None:
+def test_dead_inputs_keep_their_weights(dead) -> None:
     """Zeros would stay zero in training; the data say nothing about them."""
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(6, 6, 3, padding=1)
     x = torch.randn(3, 6, 8, 8, generator=generator)
     x[:, 2 if dead == "one channel" else slice(None)] = 0
-    target = Target([1, 5], range(6))
-    fitted, taps = fit(conv, x, target), centre_taps(conv, target)
-    torch.testing.assert_close(fitted.weight[:, 2], taps.weight[:, 2])
+    wanted = target([1, 5], range(6))
+    fitted, taps = fit(conv, x, wanted), from_weights(conv, wanted)
+    torch.testing.assert_close(fitted.factors[0][:, 2], taps.factors[0][:, 2])
     if dead == "all":
-        torch.testing.assert_close(fitted.weight, taps.weight)
+        torch.testing.assert_close(fitted.factors[0], taps.factors[0])
         torch.testing.assert_close(fitted.bias, taps.bias)
 
 
-def test_doubled_inputs_are_solved() -> None:
+@pytest.mark.parametrize("name", ["pointwise", "low-rank", "depthwise"])
+def test_doubled_inputs_are_solved(name) -> None:
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(6, 6, 3, padding=1)
     x = torch.randn(3, 6, 8, 8, generator=generator)
     x[:, 3] = x[:, 2]
-    fitted = fit(conv, x, Target([0, 1], range(6)))
-    assert fitted.weight.isfinite().all() and fitted.weight.abs().max() < 10 * conv.weight.abs().max()
+    fitted = fit(conv, x, target([0, 1], range(6), name, None if name == "pointwise" else 1))
+    weight = weights_and_bias(fitted, conv)
+    assert weight.isfinite().all() and weight.abs().max() < 10 * conv.weight.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype) -> None:
+def test_other_dtypes(dtype, form) -> None:
     """Moments of a half would overflow (the inputs' energy is over 65,504) and lose the small digits."""
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(6, 6, 3, padding=1)
     conv.weight.data = torch.randn(conv.weight.shape, generator=generator)
     conv = conv.to(dtype)
     x = (10 * torch.randn(4, 6, 32, 32, generator=generator)).to(dtype)
-    target = Target([1, 5], range(6))
-    fitted = fit(conv, x, target)
-    want = fit(copy.deepcopy(conv).double(), x.double(), target)
-    assert fitted.weight.dtype == fitted.bias.dtype == dtype
-    tolerance = {torch.float32: 1e-4}.get(dtype, 2e-2)
-    torch.testing.assert_close(fitted.weight.double(), want.weight, rtol=tolerance, atol=tolerance)
+    wanted = target([1, 5], range(6), *form)
+    fitted = fit(conv, x, wanted)
+    want = fit(copy.deepcopy(conv).double(), x.double(), wanted)
+    assert all(t.dtype == dtype for t in (*fitted.factors, fitted.bias))
+    tolerance = {torch.float32: 1e-3}.get(dtype, 4e-2)
+    got = weights_and_bias(Fitted(wanted, tuple(f.double() for f in fitted.factors), fitted.bias.double()), conv)
+    torch.testing.assert_close(got, weights_and_bias(want, conv), rtol=tolerance, atol=tolerance)
 
 
 class Calls(nn.Module):
@@ -157,12 +226,12 @@ def clip(length: int = 9) -> torch.Tensor:
 
 def test_all_calls_of_a_layer_count() -> None:
     model = Calls()
-    twice = least_squares(model, {"shared": Target([0, 1], [0, 1])}, iter([(clip(), None)]))["shared"]
+    twice = least_squares(model, {"shared": target([0, 1], [0, 1])}, iter([(clip(), None)]))["shared"]
     inner = model.shared(clip()).relu().detach()
     both = least_squares(
-        nn.Sequential(model.shared), {"0": Target([0, 1], [0, 1])}, iter([(clip(), None), (inner, None)])
+        nn.Sequential(model.shared), {"0": target([0, 1], [0, 1])}, iter([(clip(), None), (inner, None)])
     )
-    torch.testing.assert_close(twice.weight, both["0"].weight)
+    torch.testing.assert_close(twice.factors[0], both["0"].factors[0])
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -171,9 +240,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model.drop.eval()
     before = copy.deepcopy(model.state_dict())
     random = torch.get_rng_state()
-    targets = {"shared": Target([0], [0, 1]), "last": Target([1], [0])}
-    found = least_squares(model, targets, iter([(clip(), None)]))
-    assert set(found) == {"shared", "last"} and found["last"].weight.shape == (1, 1, 1)
+    wanted = {"shared": target([0], [0, 1]), "last": target([1], [0])}
+    found = least_squares(model, wanted, iter([(clip(), None)]))
+    assert set(found) == {"shared", "last"} and found["last"].factors[0].shape == (1, 1, 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training and model.last.training and not model.drop.training
     assert torch.equal(random, torch.get_rng_state())
@@ -201,12 +270,12 @@ def broken() -> Iterator[tuple[torch.Tensor, None]]:
 )
 def test_hooks_are_removed(data, error) -> None:
     model = Calls().train()
-    targets = {"shared": Target([0], [0, 1]), "last": Target([1], [0])}
+    wanted = {"shared": target([0], [0, 1]), "last": target([1], [0])}
     if error is None:
-        least_squares(model, targets, data())
+        least_squares(model, wanted, data())
     else:
         with pytest.raises(error):
-            least_squares(model, targets, data())
+            least_squares(model, wanted, data())
     assert hooks(model) == 0
     assert all(m.training for m in model.modules())
 
@@ -216,4 +285,4 @@ def test_activations_that_are_not_finite_are_refused(value) -> None:
     x = clip()
     x[0, 0, 3] = value
     with pytest.raises(HapError, match="last cannot be fitted: its inputs or outputs are not finite"):
-        least_squares(Calls(), {"last": Target([1], [0])}, iter([(x, None)]))
+        least_squares(Calls(), {"last": target([1], [0])}, iter([(x, None)]))

@@ -353,6 +353,16 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         lambda s, x: s.b(((x @ s.p + s.c).relu() @ s.q).relu()),
         "p:12 q:10",
     ),
+    "weights of no module and a bias": (
+        lambda: {"p": weight(8, 12), "c": weight(12), "b": nn.Linear(12, 2)},
+        lambda s, x: s.b(torch.addmm(s.c, x, s.p).relu()),
+        "p:12",
+    ),
+    "added to a product": (
+        lambda: {"a": nn.Linear(8, 12), "p": weight(8, 12), "b": nn.Linear(12, 6), "c": nn.Linear(6, 2)},
+        lambda s, x: s.c(s.b(torch.addmm(s.a(x), x, s.p).relu()).relu()),
+        "b:6",
+    ),
     "a weight of no module, on the left": (
         lambda: {"p": weight(12, 8), "b": nn.Linear(12, 2)}, lambda s, x: s.b((s.p @ x.T).relu().T), "p:12",
     ),
@@ -360,6 +370,11 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         lambda: {"p": weight(3, 8, 12), "q": weight(3, 12, 8), "b": nn.Linear(8, 2)},
         lambda s, x: s.b(torch.bmm(torch.bmm(x.expand(3, -1, -1), s.p).relu(), s.q).mean(0)),
         "p:12 q:8",
+    ),
+    "a shift of a product": (
+        lambda: {"a": nn.Linear(8, 6), "p": weight(3, 4, 6), "b": nn.Linear(6, 9), "c": nn.Linear(9, 2)},
+        lambda s, x: s.c(s.b(torch.baddbmm(s.p, x.expand(3, -1, -1), s.a(x.T @ x).expand(3, -1, -1))).relu()),
+        "a:6 b:9",
     ),
     "weights multiplied with each other": (
         lambda: {"a": nn.Linear(8, 6), "p": weight(6, 4), "q": weight(4, 10), "b": nn.Linear(10, 9), "c": weight(9, 2)},
@@ -424,7 +439,10 @@ INPUTS: dict[str, tuple[Any, ...]] = {
     "a weight and its transpose": (image(4, 8),),
     "weights of no module": (image(4, 8),),
     "a weight of no module, on the left": (image(4, 8),),
+    "weights of no module and a bias": (image(4, 8),),
+    "added to a product": (image(4, 8),),
     "experts": (image(4, 8),),
+    "a shift of a product": (image(4, 8),),
     "weights multiplied with each other": (image(4, 8),),
 }
 

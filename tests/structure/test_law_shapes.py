@@ -98,6 +98,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         under_modes, "a:16 b:12 c:16 d:8", b=lambda: conv(16, 12), c=lambda: conv(12, 16)
     ),
     "matrices transposed": between(lambda s, y: y.flatten(2).mT.softmax(1).mT.reshape_as(y) * 50),
+    "appended to an empty cache": between(lambda s, y: torch.cat([torch.tensor([]), y], dim=-2)),
     # cuts
     "first channels": between(lambda s, y: torch.cat([y[:, :5].relu(), y[:, 5:]], 1), "a:11 d:8"),
     "last channels": between(lambda s, y: y[:, 8:], "a:8 d:8", read=8),

@@ -177,6 +177,17 @@ def test_costs_are_for_one_sample() -> None:
     ]  # fmt: skip
 
 
+def test_products_with_parameters_are_counted(make) -> None:
+    model = make(
+        lambda: {"p": nn.Parameter(torch.randn(8, 6)), "q": nn.Parameter(torch.randn(5, 4)), "b": nn.Linear(6, 2)},
+        lambda s, x: s.b(s.q @ (x @ s.p).relu()),
+    )
+    structure = trace(model, (torch.randn(3, 4, 8),))
+    assert [(layer.weight, layer.output_axis, layer.filters, layer.positions) for layer in structure.layers] == [
+        ("p", 1, 6, 4), ("q", 0, 5, 6), ("b.weight", 0, 2, 5),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("pattern", ["body.1", "body.*", "b?dy.1", "*"])
 def test_ignored_modules_stay(make, pattern: str) -> None:
     model = make(

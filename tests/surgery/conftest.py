@@ -52,5 +52,5 @@ def plan(net: Small, image: torch.Tensor) -> Plan:
         masks[family.name] = torch.tensor([u in gone for u in range(family.size)]).numpy()
     implants = {"stem": Implant((0, 3), "pointwise"), "inner": Implant((2, 4), "pointwise")}
     cost = CostModel(structure)
-    small = cost(masks, {name: len(implant.indices) for name, implant in implants.items()})
+    small = cost(masks, implants)
     return Plan(structure, decisions, implants, Budget(params=1.0), "by hand", cost.dense, small)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hap.errors import HapError
-from hap.implants import ImplantedConv
+from hap.implants import Implanted
 from hap.planning import CostModel, Decision, Implant, Plan
 from hap.structure import trace
 from hap.surgery import apply, apply_, verify
@@ -46,8 +46,8 @@ def test_the_dense_model_is_left_alone(net, plan, image) -> None:
 
 def test_sizes_follow_the_tensors(net, plan) -> None:
     small = apply(net, plan)
-    assert isinstance(small.stem, ImplantedConv)
-    assert isinstance(small.inner, ImplantedConv)
+    assert isinstance(small.stem, Implanted)
+    assert isinstance(small.inner, Implanted)
     assert small.stem.dense is not None
     assert (small.stem.dense.out_channels, small.stem.implant.out_channels) == (4, 2)
     depthwise = small.depthwise
@@ -189,7 +189,7 @@ def test_a_module_under_two_names_is_replaced_under_both() -> None:
     cost = CostModel(structure)
     nothing = {f.name: Decision(tuple(range(f.size)), ()) for f in structure.families}
     plan = Plan(structure, nothing, {"a": Implant((1, 2), "pointwise")}, Budget(params=1.0), "by hand", cost.dense,
-                cost({}, {"a": 2}))  # fmt: skip
+                cost({}, {"a": Implant((1, 2), "pointwise")}))  # fmt: skip
     small = apply(model, plan)
     assert small.a is small.b
     assert verify(model, small, plan, (torch.randn(1, 4, 6),)).ok

@@ -8,13 +8,16 @@ from typing import Any
 from hap.planning import Plan
 
 
-def card(plan: Plan, versions: Mapping[str, str], results: Mapping[str, tuple[Any, Any]]) -> str:
+def card(
+    plan: Plan, versions: Mapping[str, str], results: Mapping[str, tuple[Any, Any]], *, alone: bool = False
+) -> str:
     """Markdown: what was done, what it cost before and after, and how to load it.
 
     Args:
         plan: the plan.
         versions: name -> version of what made the checkpoint.
         results: more rows of the table: name -> (dense, pruned).
+        alone: the directory says how the dense model is built.
     """
     pruned = sum(len(d.prune) for d in plan.decisions.values())
     units = pruned + sum(len(d.keep) for d in plan.decisions.values())
@@ -37,7 +40,7 @@ def card(plan: Plan, versions: Mapping[str, str], results: Mapping[str, tuple[An
             *rows,
             "",
             "```python",
-            "small, plan = hap.load(directory, dense_model)",
+            f"small, plan = hap.load({'directory' if alone else 'directory, dense_model'})",
             "```",
             "",
             f"Dense structure: `{plan.structure.fingerprint[:12]}`. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
+from hap import pretrained
+from hap.batches import copied
 from hap.checkpoint.card import card
 from hap.checkpoint.directory import fresh_directory
 from hap.errors import HapError
@@ -28,17 +29,20 @@ def save(
     directory: str | Path,
     *,
     results: Mapping[str, tuple[Any, Any]] | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes the pruned model as ``model.safetensors``, ``plan.json`` and a model card.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all. That of a model of `transformers` opens alone: its configuration, with
+    the names of the labels, is written too, and the tokenizer's files. Nothing is sent anywhere.
 
     Args:
         small: the pruned model, trained or not.
         plan: the plan that made it.
         directory: where to; must be new or empty unless `overwrite`.
         results: more rows for the model card: name -> (dense, pruned).
+        tokenizer: of a model of `transformers`; None for the one where the model was opened, if there is one.
         overwrite: replace a directory that exists.
 
     Returns:
@@ -57,14 +61,19 @@ def save(
             remedy="pass the model that hap.apply returned for this plan",
         )
     with fresh_directory(directory, overwrite=overwrite) as staging:
-        write(small, plan, staging, results=results)
+        write(small, plan, staging, results=results, tokenizer=tokenizer)
     return directory
 
 
 def write(
-    small: nn.Module, plan: Plan, directory: Path, *, results: Mapping[str, tuple[Any, Any]] | None = None
+    small: nn.Module,
+    plan: Plan,
+    directory: Path,
+    *,
+    results: Mapping[str, tuple[Any, Any]] | None = None,
+    tokenizer: Any = None,
 ) -> None:
-    """Writes the three files into a directory that exists.
+    """Writes the files of `save` into a directory that exists.
 
     Raises:
         HapError: the tensors cannot be written.
@@ -80,7 +89,10 @@ def write(
             remedy="free some space, or choose another disk",
         ) from error
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    (directory / CARD).write_text(card(plan, versions(), results or {}), encoding="utf-8")
+    alone = pretrained.is_pretrained(small)
+    if alone:
+        pretrained.write(small, directory, tokenizer or pretrained.tokenizer_of(small))
+    (directory / CARD).write_text(card(plan, versions(), results or {}, alone=alone), encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
 
 
@@ -92,25 +104,26 @@ def stored_bytes(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def load(directory: str | Path, model: nn.Module) -> tuple[nn.Module, Plan]:
-    """Rebuilds the pruned model from the dense one and a directory that `save` wrote.
+def load(directory: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, Plan]:
+    """Rebuilds the pruned model from a directory that `save` wrote, and the dense one.
 
     Args:
         directory: what `save` wrote.
-        model: the dense model (its weights do not matter); left as it is.
+        model: the dense model (its weights do not matter); left as it is. None for a model of `transformers`: it is
+            built from the configuration in the directory, on the CPU, in evaluation mode.
 
     Returns:
         The pruned model, in the dense model's mode and on its device, and its plan.
 
     Raises:
-        HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan.
+        HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan, or missing.
     """
     directory = Path(directory)
     plan = read_plan(directory)
-    small = apply_(copy.deepcopy(model), plan)
+    small = apply_(pretrained.rebuild(directory) if model is None else copied(model), plan)
     path = directory / MODEL
     try:
-        missing, unexpected = load_model(small, path, strict=False)
+        missing, unexpected = _load(small, path)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise HapError(
             f"{path} cannot be read",
@@ -126,6 +139,26 @@ def load(directory: str | Path, model: nn.Module) -> tuple[nn.Module, Plan]:
             remedy=f"{MODEL} and {PLAN} must come from the same run",
         )
     return small, plan
+
+
+def _load(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+    """Loads the tensors; returns the names that are missing in the file, and those that the model has not.
+
+    Through a state of the model's own, which knows the versions that some modules ask for.
+    """
+    stored, state = load_file(path), model.state_dict()
+    names: dict[int, list[str]] = {}  # of one tensor, several where it is tied
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    missing = []
+    for tied in names.values():
+        known = next((name for name in tied if name in stored), None)
+        if known is None:
+            missing.append(tied[0])
+        else:
+            state.update(dict.fromkeys(tied, stored[known]))
+    model.load_state_dict(state)
+    return missing, [name for name in stored if name not in state]
 
 
 def read_plan(directory: Path) -> Plan:

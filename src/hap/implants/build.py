@@ -1,74 +1,86 @@
-"""Makes an `ImplantedConv` out of a convolution that has lost its pruned channels already."""
+"""Makes an `Implanted` out of a layer that has lost its pruned channels already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from hap.implants.fit import Fitted
-from hap.implants.pointwise import ImplantedConv, shifts
+from hap.implants.geometry import Dense, Geometry
+from hap.implants.implanted import Implanted
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def build(
-    conv: _ConvNd, weight: torch.Tensor, bias: torch.Tensor | None, implanted: Sequence[bool], fitted: Fitted
-) -> ImplantedConv:
-    """The implanted convolution that gives the channels of `weight` in their order.
+    layer: Dense, weight: torch.Tensor, bias: torch.Tensor | None, implanted: Sequence[bool], fitted: Fitted
+) -> Implanted:
+    """The implanted layer that gives the channels of `weight` in their order.
 
     Args:
-        conv: the dense convolution; gives kernel, stride, padding, dilation, groups, dtype, device.
+        layer: the dense layer; gives the settings, requires_grad and mode.
         weight: what is left of its weight, ``(out, in / groups, *kernel)``; rows of implanted filters
             are there but not used.
         bias: what is left of its bias.
         implanted: for each row of `weight`, whether it is replaced.
-        fitted: the implanted filters, in the order of these rows.
+        fitted: the implant, its rows in the order of these.
     """
-    device = weight.device
+    geometry, form = Geometry.of(layer), fitted.target.form
+    block = len(layer.weight) // geometry.groups if geometry.groups > 1 else 0
     large = [i for i, flag in enumerate(implanted) if not flag]
     small = [i for i, flag in enumerate(implanted) if flag]
-    block = conv.out_channels // conv.groups if conv.groups > 1 else 0
+    first = bool(large) and [*small, *large] == sorted(range(len(implanted)))
+    sequence = [*small, *large] if first else [*large, *small]
+
+    def grouped(rows: Sequence[int]) -> Geometry:
+        return geometry.grouped(len(rows) // block if block else 1)
+
     dense = None
     if large:
         # indexing keeps the memory format, which index_select does not
-        dense = _like(conv, len(large), block, weight[large], None if bias is None else bias[large])
-    implant = _like(conv, len(small), block, fitted.weight, fitted.bias, pointwise=True)
-    return ImplantedConv(
+        dense = grouped(large).layer(weight[large], None if bias is None else bias[large])
+    implant = form.build(fitted.factors, fitted.bias, grouped(small))
+    width = len(small if first else large) // block * weight.shape[1] if block and large else None
+    made = Implanted(
         dense,
         implant,
-        shifts=shifts(conv),
-        padding_mode=conv.padding_mode,
-        grouped=conv.groups > 1,
-        order=_inverse([*large, *small], device),
-        input_order=_input_order([*large, *small], block, weight.shape[1], device),
+        form=form.name,
+        rank=fitted.target.rank,
+        geometry=grouped(sequence),
+        implant_first=first,
+        split=width,
+        order=_inverse(sequence, weight.device),
+        input_order=_input_order(sequence, block, weight.shape[1], weight.device),
     )
+    inherit_(made, layer, layer)
+    return made
 
 
-def _like(
-    conv: _ConvNd, out: int, block: int, weight: torch.Tensor, bias: torch.Tensor | None, pointwise: bool = False
-) -> _ConvNd:
-    """A convolution with the settings of `conv` and these weights."""
-    groups = out // block if block else 1
-    make: type[Any] = type(conv)
-    new: _ConvNd = make(
-        weight.shape[1] * groups,
-        out,
-        1 if pointwise else conv.kernel_size,
-        conv.stride,
-        0 if pointwise else conv.padding,
-        1 if pointwise else conv.dilation,
-        groups,
-        bias is not None,
-        "zeros" if pointwise else conv.padding_mode,
-        device="meta",
-    )
-    new.weight = nn.Parameter(weight.clone(), conv.weight.requires_grad)
-    if bias is not None:
-        assert conv.bias is not None
-        new.bias = nn.Parameter(bias.clone(), conv.bias.requires_grad)
-    return new.train(conv.training)
+def inherit_(made: nn.Module, layer: nn.Module, like: Dense) -> None:
+    """Gives `made`, which replaces `layer`, its mode and hooks, and requires_grad and memory format of `like`.
+
+    The hooks are shared, not copied: their handles still remove them.
+    """
+    for name in _HOOKS:
+        setattr(made, name, getattr(layer, name))
+    for name, parameter in made.named_parameters():
+        old = like.bias if name.endswith("bias") and like.bias is not None else like.weight
+        parameter.requires_grad_(old.requires_grad)
+        memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
+        if memory is not None and not like.weight.is_contiguous() and like.weight.is_contiguous(memory_format=memory):
+            parameter.data = parameter.data.contiguous(memory_format=memory)
+    made.train(layer.training)
 
 
 def _inverse(sequence: Sequence[int], device: torch.device) -> torch.Tensor | None:

@@ -1,108 +1,78 @@
-"""The pointwise implant: some filters of a k x k convolution become 1 x 1 ones (HAP, section 3.3)."""
+"""The pointwise form: k x k filters become 1 x 1 ones (HAP, section 3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
+
+from hap.implants.form import Factors, Form, register
+from hap.implants.geometry import Geometry
+from hap.implants.moments import Moments
+from hap.types import Layer
 
 
-def centre(kernel: int) -> int:
-    """The tap of a kernel that a 1 x 1 filter keeps; the earlier one of the two middle taps."""
-    return (kernel - 1) // 2
+@register
+class Pointwise(Form):
+    """``y = W u``, where u is the input at the filters' centre tap. Groups stay groups."""
+
+    name = "pointwise"
+    centre = True
+
+    def applies(self, layer: Layer) -> bool:
+        """Convolutions larger than 1."""
+        return prod(layer.kernel) > 1 and not layer.transposed
+
+    def weights(self, layer: Layer, rows: int, columns: int, rank: int | None) -> int:
+        """One for each filter and input."""
+        return rows * columns
+
+    def fit(self, moments: Moments, geometry: Geometry, rank: int | None) -> Factors:
+        """Ordinary least squares."""
+        solution = moments.solution()
+        return (solution.reshape(-1, solution.shape[-1], *[1] * len(geometry.kernel)),)
+
+    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry) -> nn.Module:
+        """A 1 x 1 convolution; it pads by itself where it can, and follows a `Shift` where it cannot."""
+        (weight,) = factors
+        shifts = geometry.shifts()
+        plain = replace(geometry.after(), stride=geometry.stride, groups=geometry.groups)
+        if all(before == after >= 0 for before, after in shifts) and geometry.padding_mode == "zeros":
+            return replace(plain, padding=tuple(before for before, _ in shifts)).layer(weight, bias)
+        if not any(any(pair) for pair in shifts):
+            return plain.layer(weight, bias)
+        return nn.Sequential(Shift(shifts, geometry.padding_mode), plain.layer(weight, bias))
+
+    def dense(self, factors: Factors, geometry: Geometry) -> torch.Tensor:
+        """Zeros around the centre taps."""
+        weight = factors[0].flatten(1)
+        whole = weight.new_zeros(*weight.shape, geometry.taps)
+        whole[:, :, geometry.centre] = weight
+        return whole.reshape(*weight.shape, *geometry.kernel)
 
 
-def shifts(conv: _ConvNd) -> list[tuple[int, int]]:
-    """For each spatial axis, how far to pad (or, below 0, crop) so that tap `centre` reads its input.
+class Shift(nn.Module):
+    """Pads or (below 0) crops the spatial axes, by `Geometry.shifts`."""
 
-    The centre tap of output i reads position ``i * stride + centre * dilation - padding``: after
-    this padding, a 1 x 1 convolution with the same stride reads the same place.
-    """
-    result = []
-    for axis, kernel in enumerate(conv.kernel_size):
-        dilation, span = conv.dilation[axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        if conv.padding == "same":
-            before, after = span // 2, span - span // 2
-        elif conv.padding == "valid":
-            before = after = 0
-        else:
-            before = after = int(conv.padding[axis])
-        offset = centre(kernel) * dilation
-        result.append((before - offset, after - (span - offset)))
-    return result
-
-
-def shifted(x: torch.Tensor, amounts: Sequence[tuple[int, int]], mode: str) -> torch.Tensor:
-    """Pads and crops the spatial axes of `x` by `shifts`."""
-    if not any(any(pair) for pair in amounts):
-        return x
-    grow = [max(0, n) for pair in reversed(amounts) for n in pair]
-    crop = [min(0, n) for pair in reversed(amounts) for n in pair]
-    if any(grow):
-        x = F.pad(x, grow, "constant" if mode == "zeros" else mode)
-    return F.pad(x, crop) if any(crop) else x
-
-
-class ImplantedConv(nn.Module):
-    """A convolution of which some filters are k x k (`dense`) and the others 1 x 1 (`implant`).
-
-    The output is ``cat([dense(x), implant(x)])`` over the channels; the surgery orders the channels
-    so that this is the order that the consumers expect. Where it cannot (producers of one stream
-    that disagree), `order` puts the channels right with one gather. In a grouped convolution each
-    part reads its own groups.
-
-    Attributes:
-        dense: the filters that were kept, or None if every filter is implanted.
-        implant: the 1 x 1 filters.
-        grouped: whether the two parts read different channels, one after the other.
-        order: for each output channel, its place in the concatenation; None where it is the identity.
-        input_order: for each input channel read by the two parts (grouped convolutions), its place
-            in the input; None where it is the identity.
-    """
-
-    order: torch.Tensor | None
-    input_order: torch.Tensor | None
-
-    def __init__(
-        self,
-        dense: _ConvNd | None,
-        implant: _ConvNd,
-        *,
-        shifts: Sequence[tuple[int, int]],
-        padding_mode: str = "zeros",
-        grouped: bool = False,
-        order: torch.Tensor | None = None,
-        input_order: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, amounts: Sequence[tuple[int, int]], mode: str) -> None:
         super().__init__()
-        self.dense = dense
-        self.implant = implant
-        self.shifts = tuple(shifts)
-        self.padding_mode = padding_mode
-        self.grouped = grouped
-        self.register_buffer("order", order)
-        self.register_buffer("input_order", input_order)
-
-    @property
-    def out_channels(self) -> int:
-        """Number of output channels."""
-        return self.implant.out_channels + (self.dense.out_channels if self.dense is not None else 0)
+        self.grow = [max(0, n) for pair in reversed(amounts) for n in pair]
+        self.crop = [min(0, n) for pair in reversed(amounts) for n in pair]
+        self.mode = "constant" if mode == "zeros" else mode
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``(N, in, *spatial)`` to ``(N, out, *spatial')``, as the dense convolution did."""
-        large = small = x
-        if self.grouped:
-            if self.input_order is not None:
-                x = x.index_select(1, self.input_order)
-            large, small = x.tensor_split([x.shape[1] - self.implant.in_channels], dim=1)
-        y = self.implant(shifted(small, self.shifts, self.padding_mode))
-        if self.dense is not None:
-            y = torch.cat([self.dense(large), y], dim=1)
-        return y if self.order is None else y.index_select(1, self.order)
+        """Maps ``(N, channels, *spatial)`` to ``(N, channels, *spatial')``."""
+        if any(self.grow):
+            x = F.pad(x, self.grow, self.mode)
+        for axis, (before, after) in enumerate(zip(self.crop[::2], self.crop[1::2], strict=True), start=1):
+            if before or after:  # a view, where F.pad would copy
+                x = x.narrow(-axis, -before, x.shape[-axis] + before + after)
+        return x
 
     def extra_repr(self) -> str:
-        """Says whether a gather is left."""
-        return "" if self.order is None else "reordered=True"
+        """What it pads and crops."""
+        return f"grow={self.grow}, crop={self.crop}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
+
 from hap.structure.units import Units
 from hap.types import Family, Frozen, Kind, Member, Role
 
@@ -20,7 +22,9 @@ def families(units: Units, convolutions: set[str]) -> tuple[tuple[Family, ...], 
     """
     places = _places(units)
     reasons = _reasons(units, places)
-    inexact, heads = ({units.find(i) for i in ids} for ids in (units.inexact, units.heads))
+    inexact, heads = (
+        set(units.roots(np.array([*ids], dtype=np.int64)).tolist()) for ids in (units.inexact, units.heads)
+    )
     used = dict.fromkeys(tensor for tensor, _ in (*units.roles, *units.owners))  # roles in forward order
     rank = {name: i for i, name in enumerate(used)}
     groups: dict[tuple[Any, ...], list[Places]] = defaultdict(list)
@@ -37,8 +41,8 @@ def _places(units: Units) -> dict[int, Places]:
     """For each unit, its positions on every tensor axis."""
     places: dict[int, Places] = defaultdict(dict)
     for key, owner in units.owners.items():
-        for index, unit in enumerate(owner.ids.tolist()):
-            places[units.find(unit)].setdefault(key, []).append(index)
+        for index, root in enumerate(units.roots(owner.ids).tolist()):
+            places[root].setdefault(key, []).append(index)
     return places
 
 
@@ -49,8 +53,9 @@ def _role(units: Units, key: Key) -> Role:
 def _reasons(units: Units, places: dict[int, Places]) -> dict[int, str]:
     """Why a unit cannot leave: what the rules said, or that nothing writes or reads it."""
     reasons: dict[int, str] = {}
-    for unit, reason in units.frozen.items():
-        reasons.setdefault(units.find(unit), reason)
+    frozen = units.roots(np.array([*units.frozen], dtype=np.int64)).tolist()
+    for root, reason in zip(frozen, units.frozen.values(), strict=True):
+        reasons.setdefault(root, reason)
     for root, where in places.items():
         roles = {_role(units, key) for key in where}
         if "producer" not in roles:

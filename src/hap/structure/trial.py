@@ -45,6 +45,7 @@ class Trial:
         self.tensors = describe(model)[0]
         self.places = _places(families, written, units)
         self.shapes = self._run()
+        self._known: dict[tuple[tuple[str, ...], tuple[Attribute, ...]], str | None] = {}
 
     def settle(self) -> tuple[tuple[Attribute, ...], dict[str, str]]:
         """The attributes that must follow, and for each family that the code does not let go the reason."""
@@ -76,8 +77,7 @@ class Trial:
     def _attempt(self, families: Sequence[Family]) -> tuple[tuple[Attribute, ...], str | None]:
         """The attributes with which the families can leave, or why they cannot."""
         problem: str | None = None
-        for level in range(3):
-            attributes = self._attributes(families, level)
+        for attributes in dict.fromkeys(self._attributes(families, level) for level in range(3)):
             failure = self._problem(families, attributes)
             if failure is None:
                 return attributes, None
@@ -110,9 +110,15 @@ class Trial:
 
     def _problem(self, families: Sequence[Family], attributes: Iterable[Attribute]) -> str | None:
         """Why the model does not run without the last unit of each of these families; None if it does."""
+        key = (tuple(family.name for family in families), tuple(attributes))
+        if key not in self._known:
+            self._known[key] = self._try(*key)
+        return self._known[key]
+
+    def _try(self, names: Sequence[str], attributes: Iterable[Attribute]) -> str | None:
         lost: dict[tuple[str, int], set[int]] = {}
-        for family in families:
-            for member in family.members:
+        for family in self.families:
+            for member in family.members if family.name in names else ():
                 lost.setdefault((member.parameter, member.axis), set()).update(member.indices[-1])
         kept = {
             key: [i for i in range(self.tensors[key[0]].shape[key[1]]) if i not in gone] for key, gone in lost.items()
@@ -140,10 +146,11 @@ def _places(families: Sequence[Family], written: Iterable[Written], units: Units
     for family in families:
         first = family.members[0]
         ids = units.owners[first.parameter, first.axis].ids
-        family_of |= {units.find(int(ids[unit[0]])): family.name for unit in first.indices}
+        roots = units.roots(ids[[unit[0] for unit in first.indices]]).tolist()
+        family_of |= dict.fromkeys(roots, family.name)
     places: dict[str, list[Written]] = {family.name: [] for family in families}
     for place in written:
-        for name in {family_of.get(units.find(int(i))) for i in place.ids} - {None}:
+        for name in {family_of.get(root) for root in units.roots(place.ids).tolist()} - {None}:
             places[str(name)].append(place)
     return places
 

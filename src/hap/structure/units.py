@@ -28,7 +28,7 @@ class Units:
     """
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._parent: Ids = np.arange(0)
         self.owners: dict[tuple[str, int], Owner] = {}
         self.roles: dict[tuple[str, int], Role] = {}
         self.frozen: dict[int, str] = {}
@@ -40,9 +40,9 @@ class Units:
 
     def fresh(self, count: int) -> Ids:
         """New ids, tied to nothing."""
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return np.arange(start, start + count)
+        ids = np.arange(len(self._parent), len(self._parent) + count)
+        self._parent = np.concatenate([self._parent, ids])
+        return ids
 
     def own(self, tensor: str, axis: int, size: int) -> Ids:
         """The ids of a tensor's axis; the same ones whenever it is asked for."""
@@ -73,15 +73,16 @@ class Units:
 
     def find(self, unit: int) -> int:
         """The representative of a unit."""
-        parent = self._parent
-        while parent[unit] != unit:
-            parent[unit] = parent[parent[unit]]
-            unit = parent[unit]
-        return unit
+        return int(self.roots(np.array(unit)))
 
     def roots(self, ids: Ids) -> Ids:
         """The representatives of many units, in the shape of `ids`."""
-        return np.fromiter((self.find(int(i)) for i in ids.flat), dtype=np.int64, count=ids.size).reshape(ids.shape)
+        parent = self._parent
+        found = parent[ids]
+        while ((above := parent[found]) != found).any():
+            found = above
+        parent[ids] = found
+        return found
 
     def tie(self, first: Ids | None, second: Ids | None) -> None:
         """Makes aligned ids one unit each; shapes broadcast. Ids tied to nothing (None) are frozen."""
@@ -90,12 +91,14 @@ class Units:
                 if ids is not None:
                     self.freeze(ids, "meets an axis of fixed size")
             return
-        if first.shape != second.shape:
-            first, second = np.broadcast_arrays(first, second)
-        for a, b in zip(first.flat, second.flat, strict=True):
-            root_a, root_b = self.find(int(a)), self.find(int(b))
-            if root_a != root_b:
-                self._parent[max(root_a, root_b)] = min(root_a, root_b)
+        first, second = np.broadcast_arrays(first, second)
+        while True:
+            ours, theirs = self.roots(first), self.roots(second)
+            apart = ours != theirs
+            if not apart.any():
+                return
+            # Where a unit is tied to several others at once, the smallest wins and the next round ties the rest.
+            np.minimum.at(self._parent, np.maximum(ours, theirs)[apart], np.minimum(ours, theirs)[apart])
 
     def freeze(self, ids: Ids, reason: str) -> None:
         """Forbids these units to leave; the first reason given to an id is the one reported."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
+from typing import get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from hap.attention import OpenAttention, closed
-from hap.batches import Batch, device_of, take
-from hap.errors import HapError
-from hap.implants import Fitted, ImplantedConv, Target, build, centre_taps, least_squares
+from hap.batches import Batch, copied, device_of, settled_, take
+from hap.errors import HapError, unknown
+from hap.implants import Fitted, Implanted, Init, Target, build, dense_layer, form_of, from_weights, least_squares
 from hap.planning import Plan
 from hap.structure import mirrors
 from hap.surgery.layout import Layout, layout
@@ -25,6 +24,7 @@ def apply(
     batches: Iterable[Batch] | None = None,
     *,
     samples: int | None = 512,
+    init: Init | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """A copy of the dense model with the plan carried out; the model itself is left as it is.
@@ -32,19 +32,21 @@ def apply(
     Args:
         model: the dense model that the plan was made for.
         plan: from `hap.decide`.
-        batches: data for the least-squares fit of the implants; None takes centre taps.
+        batches: data for the least-squares fit of the implants.
         samples: how many examples the fit reads at most.
+        init: what implants start from: ``least-squares`` on the data (the default where there are any), ``weights``
+            alone (centre taps, truncated SVD; the default where there are none), or ``zeros``.
         progress: shows the fit.
 
     Returns:
         An ordinary, smaller module. Optimizers must be built after this.
 
     Raises:
-        HapError: the model is not the one that the plan was made for (says what differs).
+        HapError: the model is not the one that the plan was made for (says what differs), or there is no data.
     """
     check(model, plan)
-    small = copy.deepcopy(model)
-    return apply_(small, plan, batches, samples=samples, progress=progress)
+    small = copied(model)
+    return apply_(small, plan, batches, samples=samples, init=init, progress=progress)
 
 
 def apply_(
@@ -53,12 +55,24 @@ def apply_(
     batches: Iterable[Batch] | None = None,
     *,
     samples: int | None = 512,
+    init: Init | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """`apply` in place; on any error the model stays bit-identical. Returns the model."""
     check(model, plan)
+    init = init or ("weights" if batches is None else "least-squares")
+    if init not in get_args(Init):
+        raise unknown("start of implants", init, get_args(Init))
     places = layout(plan)
-    fitted = _fit(model, plan, places, batches, samples, progress)
+    wanted = targets(plan, places)
+    if init == "least-squares" and wanted:
+        data = take(batches, samples, device_of(model))
+        fitted = least_squares(model, wanted, progress(data, "fitting implants", None))
+    else:
+        fitted = {
+            name: from_weights(dense_layer(model, name), target, zeros=init == "zeros")
+            for name, target in wanted.items()
+        }
     tensors = _tensors(model, places)
     implants = {name: _implanted(model, plan, places, tensors, name, found) for name, found in fitted.items()}
     undo: list[Callable[[], None]] = []
@@ -68,6 +82,7 @@ def apply_(
         for step in reversed(undo):
             step()
         raise
+    settled_(model)
     return model
 
 
@@ -97,38 +112,30 @@ def _show(item: object) -> str:
 
 
 def targets(plan: Plan, places: Layout) -> dict[str, Target]:
-    """For each implanted layer, its implanted filters in their new order and the inputs that are left."""
+    """For each implanted layer, its implanted filters in their new order and the inputs that are left.
+
+    Raises:
+        HapError: a form is unknown, or not one for its layer.
+    """
     found = {}
     for name, implant in plan.implants.items():
-        layer = plan.structure.layer(name)
+        layer, form = plan.structure.layer(name), form_of(implant.form)
+        if not form.applies(layer) or form.ranked != (implant.rank is not None):
+            raise HapError(
+                f"{name!r} cannot have the plan's implant",
+                expected="a form that applies to the layer, with a rank if it is one of those that have ranks",
+                got=f"{form.name}, rank {implant.rank}, for a kernel of {layer.kernel} in {layer.groups} groups",
+                remedy="let hap.decide make the plan, or choose another form",
+            )
         shape = plan.structure.tensors[layer.weight].shape
         rows = set(implant.indices)
         found[name] = Target(
             [i for i in places.of(layer.weight, 0, shape[0]) if i in rows],
             list(places.of(layer.weight, 1, shape[1])),
+            form,
+            implant.rank,
         )
     return found
-
-
-def _fit(
-    model: nn.Module,
-    plan: Plan,
-    places: Layout,
-    batches: Iterable[Batch] | None,
-    samples: int | None,
-    progress: Progress,
-) -> dict[str, Fitted]:
-    wanted = targets(plan, places)
-    if batches is None or not wanted:
-        return {name: centre_taps(_convolution(model, name), target) for name, target in wanted.items()}
-    data = take(batches, samples, device_of(model))
-    return least_squares(model, wanted, iter(progress(data, "fitting implants", None)))
-
-
-def _convolution(model: nn.Module, name: str) -> _ConvNd:
-    module = model.get_submodule(name)
-    assert isinstance(module, _ConvNd)
-    return module
 
 
 def _tensors(model: nn.Module, places: Layout) -> dict[str, torch.Tensor]:
@@ -147,13 +154,13 @@ def _tensors(model: nn.Module, places: Layout) -> dict[str, torch.Tensor]:
 
 def _implanted(
     model: nn.Module, plan: Plan, places: Layout, tensors: dict[str, torch.Tensor], name: str, fitted: Fitted
-) -> ImplantedConv:
-    conv, layer = _convolution(model, name), plan.structure.layer(name)
+) -> Implanted:
+    layer = plan.structure.layer(name)
     rows = set(plan.implants[name].indices)
     flags = [i in rows for i in places.of(layer.weight, 0, layer.filters)]
-    weight = tensors.get(layer.weight, conv.weight.detach())
-    bias = None if layer.bias is None or conv.bias is None else tensors.get(layer.bias, conv.bias.detach())
-    return build(conv, weight, bias, flags, fitted).train(conv.training)
+    weight = tensors.get(layer.weight, model.get_parameter(layer.weight).detach())
+    bias = None if layer.bias is None else tensors.get(layer.bias, model.get_parameter(layer.bias).detach())
+    return build(dense_layer(model, name), weight, bias, flags, fitted)
 
 
 def _commit(
@@ -161,7 +168,7 @@ def _commit(
     plan: Plan,
     places: Layout,
     tensors: dict[str, torch.Tensor],
-    implants: dict[str, ImplantedConv],
+    implants: dict[str, Implanted],
     undo: list[Callable[[], None]],
 ) -> None:
     """Puts everything in place, writing down how to take each step back."""
@@ -181,7 +188,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module], undo: list[Ca
     """Puts the new modules in the places of the old ones."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):  # named_children leaves out second names
-            if child in new:
+            if child is not None and child in new:
                 _set_attribute(parent, key, new[child], undo)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,9 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Drops pruned units; moves the units of implanted filters to the end of their family.
+    """Drops pruned units; moves the units of implanted filters to one end of their family.
 
-    Implanted and kept channels then lie side by side, so that the forward pass needs no scatter.
-    Where producers of a family have different implants, the largest set decides.
+    Implanted and other filters then lie side by side, so that the forward pass needs no scatter.
     """
     gone: dict[Key, set[int]] = {}
     moved: dict[Key, dict[int, int]] = {}
@@ -49,13 +49,22 @@ def layout(plan: Plan) -> Layout:
 
 
 def _order(plan: Plan, family: Family) -> tuple[int, ...]:
-    """The kept units: first those with full filters, then those with implanted ones."""
+    """The kept units in the order that serves most producers.
+
+    A producer needs no gather if its implanted units, or its others, are a tail of the order. Tails are nested: the
+    sets that most producers share come first, then the largest, and each that is nested with those before is served.
+    """
     kept = plan.decisions[family.name].keep
-    sets = [s for s in _implanted_units(plan, family) if s]
-    if not sets or not _movable(family):
+    if not _movable(family):
         return kept
-    last = max(sets, key=len)
-    return (*(u for u in kept if u not in last), *(u for u in kept if u in last))
+    sets = Counter(frozenset(found.intersection(kept)) for found in _implanted_units(plan, family))
+    tails: list[frozenset[int]] = []
+    for found, _ in sorted(sets.items(), key=lambda item: (-item[1], -len(item[0]))):
+        for tail in (found, frozenset(kept) - found):
+            if all(tail <= other or other <= tail for other in tails):
+                tails.append(tail)
+                break
+    return tuple(sorted(kept, key=lambda unit: sum(unit in tail for tail in tails)))
 
 
 def _implanted_units(plan: Plan, family: Family) -> list[set[int]]:

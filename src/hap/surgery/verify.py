@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from hap.batches import evaluating
+from hap.batches import copied, evaluating, tensors
 from hap.errors import HapError
-from hap.implants import ImplantedConv, centre
+from hap.implants import Implanted
 from hap.planning import Plan
 from hap.surgery.apply import check, targets
 from hap.surgery.layout import layout
@@ -32,7 +31,7 @@ def verify(
     """Compares the small model with the dense one whose pruned units' gates are closed, in float64.
 
     The gates are closed where units are read: the consumers' weights for them become zero. Filters
-    with implants are replaced by what the implants compute, written as k x k filters. It holds
+    with implants are replaced by the dense filters that compute what the implants do. It holds
     right after `apply`, before anything is trained or refitted.
 
     Args:
@@ -58,7 +57,7 @@ def verify(
     del reference
     have = _outputs(
         "the pruned model does not run",
-        copy.deepcopy(small).to(torch.float64),
+        copied(small).to(torch.float64),
         args,
         kwargs,
         "a size is probably written as a number in its forward pass; name that module in trace(ignore=)",
@@ -91,14 +90,18 @@ def _double(tree: Any) -> Any:
 
 def _gated(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     """The dense model in float64 with closed gates, and implants in place of the filters they replace."""
-    reference = copy.deepcopy(model).to(torch.float64)
+    reference = copied(model).to(torch.float64)
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
         for name, target in targets(plan, layout(plan)).items():
-            implanted = small.get_submodule(name)
-            conv = reference.get_submodule(name)
-            assert isinstance(implanted, ImplantedConv) and isinstance(conv, _ConvNd)
-            _write(conv, implanted, list(target.rows), list(target.columns))
+            implanted, layer = small.get_submodule(name), plan.structure.layer(name)
+            assert isinstance(implanted, Implanted)
+            weight, bias = copy.deepcopy(implanted).to(torch.float64).equivalent()
+            dense = parameters[layer.weight]
+            rows, columns = (torch.tensor(places, device=dense.device) for places in (target.rows, target.columns))
+            dense[rows] = torch.zeros_like(dense[rows]).index_copy_(1, columns, weight)
+            if bias is not None and layer.bias is not None:
+                parameters[layer.bias][rows] = bias
         for family in plan.structure.families:
             for member in family.roles("consumer"):
                 lost = [i for u in plan.decisions[family.name].prune for i in member.indices[u]]
@@ -107,25 +110,10 @@ def _gated(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     return reference
 
 
-def _write(conv: _ConvNd, implanted: ImplantedConv, rows: list[int], columns: list[int]) -> None:
-    """Writes pointwise filters as k x k ones that are zero but for the centre tap."""
-    device = conv.weight.device
-    where = torch.tensor(rows, device=device)
-    kernel = torch.zeros_like(conv.weight[where])
-    taps = tuple(centre(k) for k in conv.kernel_size)
-    small = implanted.implant.weight.detach().double().flatten(1)
-    place: Any = (slice(None), torch.tensor(columns, device=device), *taps)
-    kernel[place] = small
-    conv.weight[where] = kernel
-    if conv.bias is not None and implanted.implant.bias is not None:
-        conv.bias[where] = implanted.implant.bias.detach().double()
-
-
 def _relative_error(want: Any, have: Any) -> float:
-    """max |have - want| / max |want| over all tensors of the outputs."""
-    left = [t for t in pytree.tree_leaves(want) if isinstance(t, torch.Tensor)]
-    right = [t for t in pytree.tree_leaves(have) if isinstance(t, torch.Tensor)]
-    if len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
+    """max |have - want| / max |want| over all tensors of the outputs; infinite where there is none to compare."""
+    left, right = tensors(want), tensors(have)
+    if not left or len(left) != len(right) or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
         return float("inf")
     worst = 0.0
     for a, b in zip(left, right, strict=True):

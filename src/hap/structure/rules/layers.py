@@ -24,19 +24,18 @@ def linear(context: Context, shape: tuple[int, ...], x: Value, weight: Value, bi
     units = context.units
     consume(context, axis_ids(units, x, -1), axis_ids(units, weight, 1))
     out = _produce(context, weight, 0, bias)
-    _record(context, weight, 0, (), 1, False, math.prod(shape[:-1]))
+    record(context, weight, 0, (), 1, False, math.prod(shape[:-1]))
     return _with(shape, without(x, {x.ndim - 1}), out, len(shape) - 1)
 
 
 @rule("addmm")
 def addmm(context: Context, shape: tuple[int, ...], bias: Value, x: Value, weight: Value) -> Value:
     """``y = x W + b`` with W of shape (in, out): a linear layer by another layout (GPT-2's Conv1D)."""
-    name = context.tensor(2)
-    if name is None or getattr(context.caller, "weight", None) is not context.tensors[name]:
-        raise TypeError("not the weight of a module of its own")
+    if context.tensor(2) is None or bias.ndim != 1:
+        raise TypeError("not a weight and a bias")
     consume(context, axis_ids(context.units, x, 1), axis_ids(context.units, weight, 0))
     out = _produce(context, weight, 1, bias)
-    _record(context, weight, 1, (), 1, False, shape[0], at=2, bias=0)
+    record(context, weight, 1, (), 1, False, shape[0], at=2, bias=0)
     return _with(shape, without(x, {1}), out, 1)
 
 
@@ -62,7 +61,7 @@ def convolution(
         consume(context, read, inner)
     else:
         _group(context, read, inner, out, groups, weight.shape[0] // groups, weight.shape[1])
-    _record(context, weight, 0, weight.shape[2:], groups, False, math.prod(shape) // weight.shape[0])
+    record(context, weight, 0, weight.shape[2:], groups, False, math.prod(shape) // weight.shape[0])
     if not _implantable(context) or len(shape) != weight.ndim:
         for factor in touching(weight, set(range(2, weight.ndim))):
             units.freeze(factor, "called otherwise than by a plain convolution of its own, on a batch")
@@ -88,7 +87,7 @@ def transposed(
     read = axis_ids(units, x, channel)
     out = _produce(context, weight, 1, bias if groups == 1 else None)
     consume(context, read, axis_ids(units, weight, 0))
-    _record(context, weight, 1, weight.shape[2:], groups, True, math.prod(x.shape) // weight.shape[0])
+    record(context, weight, 1, weight.shape[2:], groups, True, math.prod(x.shape) // weight.shape[0])
     if groups > 1:
         for value in (x, weight, *([bias] if bias else [])):
             for factor in touching(value, set(range(value.ndim))):
@@ -176,7 +175,7 @@ def _implantable(context: Context) -> bool:
     return type(owner) in _PLAIN and owner is context.caller
 
 
-def _record(
+def record(
     context: Context,
     weight: Value,
     axis: int,
@@ -186,12 +185,10 @@ def _record(
     uses: int,
     *,
     at: int = 1,
-    bias: int = 2,
+    bias: int | None = 2,
 ) -> None:
     """Notes a layer whose weight and bias are the arguments at these positions."""
     name = context.tensor(at)
     if name is not None:
-        filters = weight.shape[axis]
-        context.layers.append(
-            Multiplication(name, context.tensor(bias), filters, axis, tuple(kernel), groups, is_transposed, uses)
-        )
+        filters, added = weight.shape[axis], None if bias is None else context.tensor(bias)
+        context.layers.append(Multiplication(name, added, filters, axis, tuple(kernel), groups, is_transposed, uses))

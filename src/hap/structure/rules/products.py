@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from hap.structure.rules.layers import consume
+from hap.structure.rules.layers import consume, record
 from hap.structure.rules.registry import Context, rule
 from hap.structure.units import Ids
 from hap.structure.value import Value, across, align, axis_ids, support, touching, without
@@ -17,25 +18,34 @@ from hap.structure.value import Value, across, align, axis_ids, support, touchin
 def matmul(context: Context, shape: tuple[int, ...], first: Value, second: Value, *_: Any) -> Value:
     """``(*batch, n, k) @ (*batch, k, m)``: units lie side by side on batch axes (heads); those summed over stay.
 
-    Where one of the two is a parameter it is a weight, and reads what is summed over. Its multiplications are not
-    counted: no module stands for them.
+    Where one of the two is a parameter it is a weight, and reads what is summed over.
     """
-    if first.ndim < 2 or second.ndim < 2:
-        raise TypeError("a vector")
-    batch = len(shape) - 2
-    left = "".join(chr(97 + batch - first.ndim + 2 + i) for i in range(first.ndim - 2))
-    right = "".join(chr(97 + batch - second.ndim + 2 + i) for i in range(second.ndim - 2))
-    every = max(left, right, key=len)
-    terms = [(first, left + "NK"), (second, right + "KM")]
-    weights = [i for i in (0, 1) if context.tensor(i) is not None]
-    read = _weight(context, terms[weights[0]], terms[1 - weights[0]], every + "NM") if len(weights) == 1 else set()
-    return _product(context, shape, terms, every + "NM", read)
+    return _matmul(context, shape, (first, second), (0, 1))
 
 
 @rule("baddbmm")
 def baddbmm(context: Context, shape: tuple[int, ...], bias: Value, first: Value, second: Value, **_: Any) -> Value:
     """``bias + first @ second``."""
-    return align(context.units, [bias, matmul(context, shape, first, second)], shape, context.where)
+    return align(context.units, [bias, _matmul(context, shape, (first, second), (1, 2))], shape, context.where)
+
+
+def _matmul(context: Context, shape: tuple[int, ...], pair: tuple[Value, Value], positions: tuple[int, int]) -> Value:
+    """The product of two tensors that are the operator's arguments at these positions."""
+    batch, inner = len(shape) - 2, pair[0].shape[-1]
+    if min(value.ndim for value in pair) < 2:
+        raise TypeError("a vector")
+    labels = ["".join(chr(97 + batch - v.ndim + 2 + i) for i in range(v.ndim - 2)) for v in pair]
+    output = max(*labels, key=len) + "NM"
+    terms = [(pair[0], labels[0] + "NK"), (pair[1], labels[1] + "KM")]
+    weights = [i for i in (0, 1) if context.tensor(positions[i]) is not None]
+    if len(weights) != 1:
+        return _product(context, shape, terms, output)
+    (place,) = weights
+    weight = pair[place]
+    if weight.ndim == 2:  # a layer has one input and one output axis
+        uses = math.prod(shape) * inner // math.prod(weight.shape)
+        record(context, weight, place, (), 1, False, uses, at=positions[place], bias=None)
+    return _product(context, shape, terms, output, _weight(context, terms[place], terms[1 - place], output))
 
 
 @rule("einsum")
@@ -112,7 +122,7 @@ def _product(
             raise TypeError(f"{value.ndim} axes for {labels}")
         gone = {a for a, label in enumerate(labels) if label not in output}
         value = across(context.units, value, gone)
-        for factor in touching(value, gone):
+        for factor in touching(value, {a for a in gone if labels[a] not in read}):
             context.units.freeze(factor, f"summed over by {context.where}")
         factors = tuple(_moved(f, labels, output) for f in without(value, gone))
         sizes = dict(zip(labels, value.shape, strict=True))

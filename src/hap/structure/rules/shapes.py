@@ -69,10 +69,10 @@ def expand(context: Context, shape: tuple[int, ...], x: Value, *_: Any) -> Value
 
 @rule("cat", "concat", "concatenate")
 def cat(context: Context, shape: tuple[int, ...], tensors: Sequence[Value], axis: int = 0) -> Value:
-    """Joins the ids along `axis`; the other axes are tied."""
+    """Joins the ids along `axis`; the other axes are tied. An empty vector (a fresh cache) adds nothing."""
     units = context.units
     axis %= len(shape)
-    tensors = [across(units, value, {axis}) for value in tensors]
+    tensors = [across(units, value, {axis}) for value in tensors if value.shape != (0,)]
     parts = []
     for value in tensors:
         ids = axis_ids(units, value, axis)

@@ -1,0 +1,111 @@
+"""What each form leaves undone, on a layer's real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from hap.batches import Batch, device_of, take
+from hap.implants.fit import flat
+from hap.implants.form import FORMS, Form, form_of
+from hap.implants.geometry import Dense, Geometry
+from hap.implants.moments import Moments
+from hap.implants.observe import MEMORY, Reading, dense_layer, observe
+from hap.types import Layer, Progress, Structure, silent
+
+_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One way to implant a layer's filters.
+
+    Attributes:
+        form: name of the form.
+        rank: of forms that have one.
+        undone: for each filter, the share of its output's variance that the least-squares fit misses, when all filters
+            of the layer are replaced together; float64 ``(filters,)``, in [0, 1]. Of forms whose filters share
+            something, fewer filters are served better in the sum.
+    """
+
+    form: str
+    rank: int | None
+    undone: torch.Tensor
+
+
+def options(
+    model: nn.Module,
+    structure: Structure,
+    batches: Iterable[Batch],
+    *,
+    samples: int | None = 512,
+    layers: Collection[str] | None = None,
+    forms: Sequence[str] | None = None,
+    memory: int = MEMORY,
+    progress: Progress = silent,
+) -> dict[str, tuple[Option, ...]]:
+    """For each layer (by module name), the forms that apply and cost less, and what each leaves undone.
+
+    Second moments of all layers are summed in one pass over the data where `memory` holds them; else the layers take
+    turns, a pass each. A layer that does not fit alone is offered only what reads its centre taps.
+
+    Args:
+        model: the dense model; left as it is.
+        structure: its structure.
+        batches: calibration data.
+        samples: examples to read at most.
+        layers: names of modules to look at; None for every convolution and linear layer.
+        forms: names of the forms to look at; None for all that are known.
+        memory: bytes of moments held at a time.
+        progress: shows the batches.
+
+    Raises:
+        HapError: an unknown form, no data, or activations that are not finite.
+    """
+    known = [form_of(name) for name in forms] if forms is not None else list(FORMS.values())
+    choices, readings = {}, {}
+    for layer in structure.layers:
+        columns = structure.tensors[layer.weight].shape[1]
+        if layer.positions and _plain(structure, layer) and (layers is None or layer.module in layers):
+            found = list(_choices(layer, columns, known, memory))
+            if found:
+                choices[layer.module] = found
+                centre = all(form.centre for form, _ in found)
+                readings[layer.module] = Reading(range(layer.filters), range(columns), centre)
+    data = progress(take(batches, samples, device_of(model)), "fitting every form", None)
+    return {
+        name: tuple(_option(dense_layer(model, name), readings[name], found, *choice) for choice in choices[name])
+        for name, found in observe(model, readings, data, memory=memory)
+    }
+
+
+def _plain(structure: Structure, layer: Layer) -> bool:
+    return structure.modules.get(layer.module) in _TYPES
+
+
+def _choices(layer: Layer, columns: int, forms: Sequence[Form], memory: int) -> Iterator[tuple[Form, int | None]]:
+    """Forms and ranks that cost less than the layer, and whose moments fit in memory."""
+    filters, taps = layer.filters, prod(layer.kernel)
+    whole = Reading(range(filters), range(columns), centre=False)
+    for form in forms:
+        if form.applies(layer) and (form.centre or whole.bytes(taps) <= memory):
+            for rank in form.ranks(layer, filters, columns):
+                if form.weights(layer, filters, columns, rank) < filters * columns * taps:
+                    yield form, rank
+
+
+def _option(layer: Dense, reading: Reading, found: Moments, form: Form, rank: int | None) -> Option:
+    """Fits one form to all filters, about the means: a bias, or the batch norm that follows, sees to those."""
+    geometry, groups = Geometry.of(layer), len(found.x)
+    about, weight = found.centred(), flat(layer.weight.detach().double(), geometry, groups, centre=reading.centre)
+    if form.centre and not reading.centre:
+        centre = slice(geometry.centre, None, geometry.taps)
+        about, weight = about.at(centre), weight[:, :, centre]
+    factors = form.fit(about.pulled(weight), geometry, rank)
+    missed = about.error(flat(form.dense(factors, geometry), geometry, groups, centre=form.centre))
+    undone = torch.where(about.yy > 0, missed / about.yy, 0.0).clamp(0, 1)
+    return Option(form.name, rank, undone.flatten())

@@ -1,0 +1,89 @@
+"""Sums second moments over batches, a piece at a time, so that no more than the sums stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hap.errors import HapError
+from hap.implants.geometry import Geometry
+from hap.implants.moments import Moments
+
+CHUNK = 1 << 24  # elements of unfolded input held at a time
+
+
+class Sums:
+    """The moments of some filters of one layer.
+
+    Args:
+        name: the layer's, for error messages.
+        geometry: how it reads.
+        filters: how many it has.
+        rows: the filters of interest; whole groups of a grouped convolution.
+        columns: the inputs of interest within a group; of the x that `add` is given.
+        centre: whether only the centre taps are of interest.
+        device: where the sums are kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        geometry: Geometry,
+        filters: int,
+        rows: Sequence[int],
+        columns: Sequence[int],
+        *,
+        centre: bool,
+        device: torch.device,
+    ) -> None:
+        self.name, self.geometry, self.centre = name, geometry, centre
+        self.rows = torch.tensor(rows, device=device)
+        self.columns = torch.tensor(columns, device=device)
+        block = filters // geometry.groups
+        found = dict.fromkeys(r // block for r in rows) if geometry.groups > 1 else [0]
+        self.groups = torch.tensor(list(found), device=device)
+        self.count = 0
+        width = len(columns) * (1 if centre else geometry.taps) + 1
+        zeros = torch.zeros(len(found), width, width, dtype=torch.float64, device=device)
+        self.xx, self.xy = zeros, zeros.new_zeros(len(found), width, len(rows) // len(found))
+        self.yy = zeros.new_zeros(self.xy[:, 0].shape)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds inputs ``(N, inputs, *spatial)`` and outputs ``(N, filters, *positions)`` (linear: features last)."""
+        x, y = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))  # a half would overflow
+        if not self.geometry.kernel:
+            x, y = x.flatten(0, -2), y.flatten(0, -2)
+        outputs = y[0, 0].numel()
+        step = max(1, CHUNK // max(1, outputs * self.xx.shape[0] * self.xx.shape[1]))
+        for first in range(0, len(x), step):
+            self._add(x[first : first + step], y[first : first + step])
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        views = self.geometry.views(x, centre=self.centre)  # (N, inputs, taps, *positions)
+        n, groups, taps = len(views), len(self.groups), views.shape[2]
+        u = views.reshape(n, self.geometry.groups, -1, taps, views[0, 0, 0].numel())
+        u = u[:, self.groups][:, :, self.columns].permute(1, 2, 3, 0, 4).flatten(1, 2).flatten(2)
+        u = torch.cat([u, u.new_ones(groups, 1, u.shape[2])], dim=1)
+        v = y[:, self.rows].reshape(n, groups, self.xy.shape[2], -1).permute(1, 2, 0, 3).flatten(2)
+        self.xx += (u @ u.mT).double()
+        self.xy += (u @ v.mT).double()
+        self.yy += v.double().square().sum(-1)
+        self.count += u.shape[2]
+
+    def moments(self) -> Moments:
+        """The means of what was added.
+
+        Raises:
+            HapError: nothing was added, or what was is not finite.
+        """
+        if not self.count:
+            raise HapError(f"{self.name} is not called", expected="a layer that every forward pass calls")
+        if not all(t.isfinite().all() for t in (self.xx, self.xy, self.yy)):
+            raise HapError(
+                f"{self.name} cannot be fitted: its inputs or outputs are not finite",
+                expected="finite activations on the calibration data",
+                remedy="check inputs and weights for NaN or overflow",
+            )
+        xx, xy, yy = (total / self.count for total in (self.xx, self.xy, self.yy))
+        return Moments(xx[:, :-1, :-1], xy[:, :-1], yy, xx[:, -1, :-1], xy[:, -1])
