@@ -125,16 +125,25 @@ def closed(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     }
 
 
+def nesting(model: nn.Module) -> list[nn.TransformerEncoder]:
+    """The encoders that would hand nested tensors to their layers, which only PyTorch's fused kernel can read."""
+    return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+
+
 @contextmanager
 def opened(model: nn.Module) -> Iterator[None]:
     """Puts an `OpenAttention` in the place of each ``nn.MultiheadAttention``, and each back afterwards."""
-    old = closed(model)
+    old, encoders = closed(model), nesting(model)
     new = {id(module): OpenAttention(module) for module in old.values()}
     try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
         for name, module in old.items():
             _put(model, name, new[id(module)])
         yield
     finally:
+        for encoder in encoders:
+            encoder.use_nested_tensor = True
         for name, module in old.items():
             _put(model, name, module)
 

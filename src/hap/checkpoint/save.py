@@ -18,7 +18,7 @@ from hap.checkpoint.card import card
 from hap.checkpoint.directory import fresh_directory
 from hap.errors import HapError
 from hap.planning import Plan, versions
-from hap.surgery import apply_
+from hap.surgery import apply_, dense_config
 
 MODEL, PLAN, CARD = "model.safetensors", "plan.json", "README.md"
 
@@ -91,7 +91,8 @@ def write(
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
     alone = pretrained.is_pretrained(small)
     if alone:
-        pretrained.write(small, directory, tokenizer or pretrained.tokenizer_of(small))
+        with dense_config(small, plan):  # which `load` builds the dense model from
+            pretrained.write(small, directory, tokenizer or pretrained.tokenizer_of(small))
     (directory / CARD).write_text(card(plan, versions(), results or {}, alone=alone), encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
 

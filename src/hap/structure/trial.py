@@ -25,7 +25,8 @@ from hap.types import Attribute, Family, describe
 
 # What attributes are called that count heads, and that hold the width of all heads together.
 _COUNT = re.compile(r"^(?!.*(dim|size|width)).*head|^n?h$|^n_h$")
-_WIDTH = re.compile(r"^(all_head|inner|attn|attention|qkv?|kv|proj|split)(_inner|_proj|_head)?_(size|dim|width)$")
+_WIDTH = re.compile(r"^(all_head|inner|attn|attention|qkv?|kv|proj|split)(_inner|_proj)?_(size|dim|width)$")
+_HEAD = re.compile(r"(^|attention_|attn_)head_(size|dim|width)$|^dim_head$|^d_(k|v|kv|head)$")  # of one head alone
 
 
 class Trial:
@@ -103,7 +104,8 @@ class Trial:
                     if type(value) is not int:
                         continue
                     count = _COUNT.match(name) and value in place.sizes
-                    width = value in widths and (level == 2 or level == 0 and _WIDTH.match(name))
+                    named = level == 2 and not _HEAD.search(name) or level == 0 and _WIDTH.match(name)
+                    width = value in widths and named
                     if count or width:
                         found[place.caller, name] = Attribute(place.caller, name, producer.parameter, producer.axis)
         return tuple(found.values())

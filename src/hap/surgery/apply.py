@@ -8,12 +8,13 @@ from typing import get_args
 import torch
 from torch import nn
 
-from hap.attention import OpenAttention, closed
+from hap.attention import OpenAttention, closed, nesting
 from hap.batches import Batch, copied, device_of, settled_, take
 from hap.errors import HapError, unknown
 from hap.implants import Fitted, Implanted, Init, Target, build, dense_layer, form_of, from_weights, least_squares
 from hap.planning import Plan
 from hap.structure import mirrors
+from hap.surgery.config import counts
 from hap.surgery.layout import Layout, layout
 from hap.types import Progress, describe, silent
 
@@ -178,7 +179,11 @@ def _commit(
     changed = {id(current[name]) for name in tensors}
     attentions = {a for a in closed(model).values() if any(id(p) in changed for p in a.parameters())}
     _replace(model, {attention: OpenAttention(attention) for attention in attentions}, undo)
+    for encoder in nesting(model) if attentions else ():
+        _set_attribute(encoder, "use_nested_tensor", False, undo)
     structure = plan.structure
+    for config, attribute, value in counts(model, plan):
+        _set_attribute(config, attribute, value, undo)
     for module, attribute, value in mirrors(model, places.kept, structure.tensors, structure.attributes):
         _set_attribute(module, attribute, value, undo)
     _replace(model, {model.get_submodule(name): new for name, new in implants.items()}, undo)
@@ -204,7 +209,7 @@ def _set_data(tensor: torch.Tensor, data: torch.Tensor, undo: list[Callable[[], 
     tensor.data = data
 
 
-def _set_attribute(owner: nn.Module, name: str, value: object, undo: list[Callable[[], None]]) -> None:
+def _set_attribute(owner: object, name: str, value: object, undo: list[Callable[[], None]]) -> None:
     old = getattr(owner, name)
     undo.append(lambda: setattr(owner, name, old))
     setattr(owner, name, value)
