@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint support clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test: lint ## lint, then all tests and doctests but the slow ones, README blocks
 
 test-all: lint ## lint, then every test
 	$(BIN)/pytest $(PYTEST_ARGS) -q
+
+support: $(STAMP) ## run the support matrix, and make docs/support.md of it
+	$(BIN)/python benchmarks/support.py run
+	$(BIN)/python benchmarks/support.py page
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from curvature_records import Records, Row, rounded
+from curvature_records import Records, Row, read, rounded
 from curvature_setting import DATA, RESULTS, Data, Results, Setting, load
 
 import hap
@@ -45,6 +46,12 @@ def forms(
                 row = _start(setting, found, form, rank, init, calibration, test)
                 records.add(row, f"{form} {rank} from {init}: {row['cut']:.3f}, recalibrated {row['recalibrated']:.3f}")
     print(_undone_table(records.rows), _start_table(records.rows), sep="\n\n")
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of `docs/implants.md` that come from these results."""
+    rows = read(results / "implant-forms.jsonl")
+    return {"forms": _undone_table(rows), "starts": _start_table(rows)}
 
 
 def _undone(setting: Setting, layer: Layer, option: Option) -> Row:

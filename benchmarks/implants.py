@@ -1,6 +1,8 @@
 """What implants are worth.
 
-    python benchmarks/implants.py forms    # what each form leaves undone for its price, and what it starts from
+    python benchmarks/implants.py forms      # what each form leaves undone for its price, and what it starts from
+    python benchmarks/implants.py budgets    # our plans and torch-pruning's for the same budgets
+    python benchmarks/implants.py tables     # into docs/implants.md, from the raw results
 
 Data is found through HAP_DATA or --data. Each command appends what it finds to JSON-lines files under
 `benchmarks/results` and goes on where it was stopped, then prints its tables.
@@ -8,16 +10,25 @@ Data is found through HAP_DATA or --data. Each command appends what it finds to 
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import implant_budgets
+import implant_forms
 import typer
+from curvature_setting import RESULTS, ROOT, Results
+from curvature_tables import filled
+from implant_budgets import budgets
 from implant_forms import forms
 
 app = typer.Typer(help="What implants are worth.", no_args_is_help=True)
 app.command()(forms)
+app.command()(budgets)
 
 
-@app.callback()
-def _main() -> None:
-    """Keeps the commands' names, also while there is one only."""
+@app.command()
+def tables(results: Results = RESULTS, page: Path = ROOT / "docs/implants.md") -> None:
+    """Fills the page's tables from the raw results."""
+    page.write_text(filled(page.read_text(), implant_forms.tables(results) | implant_budgets.tables(results)))
 
 
 if __name__ == "__main__":

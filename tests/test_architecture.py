@@ -14,7 +14,7 @@ LONGEST_FILE = 400
 
 # A layer is a folder or a file right under src/hap. hap/__init__.py only gathers the public names: it is
 # exempt, and only the command line may import it.
-FOUNDATION = {"errors", "types", "batches"}
+FOUNDATION = {"errors", "types", "batches", "attention"}
 MAY_IMPORT: dict[str, set[str]] = {
     "structure": set(),
     "curvature": set(),
@@ -23,11 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": set(),
     "zoo": set(),
     "pretrained": set(),
-    "surgery": {"planning", "implants"},
+    "surgery": {"structure", "planning", "implants"},
     "checkpoint": {"planning", "surgery", "implants", "pretrained"},
     "report": {"planning"},
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)
+MAY_IMPORT["trainer"] = {"pipeline", "planning", "surgery", "checkpoint", "pretrained"}
 MAY_IMPORT["cli"] = {"pipeline", "zoo", "report", "checkpoint", "pretrained", "hap"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT = {layer: allowed | FOUNDATION for layer, allowed in MAY_IMPORT.items()} | {

@@ -18,7 +18,7 @@ from hap.errors import HapError
 from hap.pipeline import Result, prune
 from hap.planning import CostModel, Plan, decide
 from hap.structure import trace
-from hap.surgery import apply, apply_, refit_, verify
+from hap.surgery import apply, apply_, merge, refit_, verify
 from hap.training import History, evaluate, finetune, recalibrate_
 from hap.types import Budget, Evaluation, Sensitivity, Structure, Verification
 
@@ -45,6 +45,7 @@ __all__ = [
     "finetune",
     "load",
     "measure",
+    "merge",
     "prune",
     "recalibrate_",
     "refit_",

@@ -239,27 +239,33 @@ class Cost:
     Attributes:
         params, macs: exact.
         latency: milliseconds of a forward pass, by a table measured on the user's device; None without one.
+        heads: of the parameters, those in the projections of attention heads (W_Q, W_K, W_V, W_O).
     """
 
     params: int
     macs: int
     latency: float | None = None
+    heads: int = 0
 
 
 @dataclass(frozen=True)
 class Budget:
     """The fraction of the dense model that may remain, each in (0, 1]; None leaves it free.
 
+    `heads` counts the parameters of attention heads, which is their number where all are alike; an implanted head
+    counts for what is left of it.
+
     >>> Budget(params=0.5)
-    Budget(params=0.5, macs=None, latency=None)
+    Budget(params=0.5, macs=None, latency=None, heads=None)
     """
 
     params: float | None = None
     macs: float | None = None
     latency: float | None = None
+    heads: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("params", "macs", "latency"):
+        for name in ("params", "macs", "latency", "heads"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise HapError(
@@ -271,14 +277,14 @@ class Budget:
         if not self.limits:
             raise HapError(
                 "the budget is empty",
-                expected="params, macs or latency, as the fraction that may remain",
+                expected="params, macs, latency or heads, as the fraction that may remain",
                 remedy="for example hap.Budget(params=0.5)",
             )
 
     @property
     def limits(self) -> dict[str, float]:
         """The parts that are limited, with their fractions."""
-        parts = {"params": self.params, "macs": self.macs, "latency": self.latency}
+        parts = {"params": self.params, "macs": self.macs, "heads": self.heads, "latency": self.latency}
         return {name: value for name, value in parts.items() if value is not None}
 
 

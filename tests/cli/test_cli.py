@@ -51,6 +51,22 @@ def test_prune(tmp_path: Path, weights: Path, budget: str) -> None:
     assert plan.implants
 
 
+def test_the_planners_options(tmp_path: Path, weights: Path) -> None:
+    """All at once: two rounds, the best plan for a latency and a size, and bounds on widths."""
+    code, text = digits(
+        tmp_path / "run", weights, "--keep-latency", "0.9", "--keep-params", "0.5", "--latency-batch", "8",
+        "--latency-cache", str(tmp_path / "latency.json"), "--mode", "optimal", "--no-joint", "--iterations", "2",
+        "--min-width", "conv1=8", "--max-width", "layer*=0.9", "--protect", "linear", "--epochs", "0",
+    )  # fmt: skip
+    assert code == 0, text
+    assert "round 2: rise of the loss by the cut: predicted" in text
+    plan = hap.load(tmp_path / "run", zoo.build("digits-cnn"))[1]
+    assert plan.options["mode"] == "optimal" and not plan.options["joint"] and plan.options["iterations"] == 2
+    assert plan.small.latency is not None and plan.budget == hap.Budget(params=0.5, latency=0.9)
+    assert len(plan.decisions["conv1"].keep) >= 8
+    assert (tmp_path / "latency.json").exists()
+
+
 def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
     code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0", "--implant-ratio", "0")
     assert code == 0 and "no fine-tuning" in text
@@ -74,6 +90,13 @@ def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
         (["--keep-params", "0.5", "--model", "zoo:resnet20"], "do not fit"),
         (["--keep-params", "0.5", "--ignore", "conv9"], "unknown module to ignore"),
         (["--keep-params", "0.5", "--device", "tpu9"], "no device"),
+        (["--keep-latency", "0"], "out of range"),
+        (["--keep-params", "0.5", "--mode", "optimum"], "did you mean 'optimal'"),
+        (["--keep-params", "0.5", "--joint"], "ranks units one by one"),
+        (["--keep-params", "0.5", "--min-width", "conv1"], "give FAMILY=8 or FAMILY=0.5"),
+        (["--keep-params", "0.5", "--max-width", "cnv1=8"], "did you mean 'conv1'"),
+        (["--keep-params", "0.5", "--protect", "convolution"], "unknown module to protect"),
+        (["--keep-params", "0.5", "--iterations", "0"], "iterations is out of range"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(
@@ -131,7 +154,8 @@ def test_inspect() -> None:
 def test_help_names_every_option() -> None:
     code, text = invoke("prune", "--help")
     assert code == 0
-    for option in ("--model", "--keep-params", "--keep-macs", "--implant-ratio", "--epochs", "--out", "--criterion"):
+    for option in ("--model", "--keep-params", "--keep-macs", "--implant-ratio", "--epochs", "--out", "--criterion",
+                   "--keep-latency", "--mode", "--joint", "--min-width", "--protect", "--iterations"):  # fmt: skip
         assert option in text
 
 

@@ -10,8 +10,7 @@ from torch import nn
 import hap
 from hap import HapError
 from hap.planning.candidates import candidates, implantable
-
-OPTIONS = {"with_implants": True, "floor": 1, "inexact": False}
+from hap.planning.constraints import constraints
 
 
 def names(structure: hap.Structure) -> set[str]:
@@ -20,7 +19,7 @@ def names(structure: hap.Structure) -> set[str]:
 
 def test_least_sensitive_first(structure, sensitivity) -> None:
     given = sensitivity(structure)
-    found = candidates(structure, given, **OPTIONS)
+    found = candidates(structure, given, constraints(structure), with_implants=True)
     assert (np.diff(found.score) >= 0).all()
     for i in range(len(found)):
         if found.layer[i] < 0:
@@ -30,7 +29,7 @@ def test_least_sensitive_first(structure, sensitivity) -> None:
 @pytest.mark.parametrize("floor", [1, 3, 100])
 def test_the_most_sensitive_units_are_no_candidates(structure, sensitivity, floor) -> None:
     given = sensitivity(structure)
-    found = candidates(structure, given, with_implants=False, floor=floor, inexact=False)
+    found = candidates(structure, given, constraints(structure, floor=floor), with_implants=False)
     for i, family in enumerate(found.families):
         units = set(found.unit[found.family == i].tolist())
         order = given.scores[family.name].argsort().tolist()
@@ -40,7 +39,7 @@ def test_the_most_sensitive_units_are_no_candidates(structure, sensitivity, floo
 def test_filters_are_candidates_where_their_channel_stays(structure, sensitivity) -> None:
     """Alone stand filters of the residual stream and of a group that several layers write; others go with the unit."""
     given = sensitivity(structure)
-    found = candidates(structure, given, **OPTIONS)
+    found = candidates(structure, given, constraints(structure), with_implants=True)
     alone = {found.layers[k].module for k in found.layer[found.layer >= 0].tolist()}
     assert {"stem", "back"} <= alone
     assert not {"inner", "left", "right"} & alone
@@ -54,7 +53,7 @@ def test_filters_are_candidates_where_their_channel_stays(structure, sensitivity
 
 def test_filters_without_a_score_are_no_candidates(structure, sensitivity) -> None:
     given = dataclasses.replace(sensitivity(structure), filters={})
-    assert (candidates(structure, given, **OPTIONS).layer < 0).all()
+    assert (candidates(structure, given, constraints(structure), with_implants=True).layer < 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -65,7 +64,7 @@ def test_scores_that_are_not_finite_are_refused(structure, sensitivity, value, w
     name = "inner" if where == "scores" else "back"
     getattr(given, where)[name][0] = value
     with pytest.raises(HapError, match="random gave scores that are not finite at '(inner|back)'"):
-        candidates(structure, given, **OPTIONS)
+        candidates(structure, given, constraints(structure), with_implants=True)
 
 
 @pytest.mark.parametrize("where, name", [("scores", "inner"), ("filters", "back")])
@@ -73,7 +72,7 @@ def test_a_foreign_sensitivity_is_refused(structure, sensitivity, where, name) -
     given = sensitivity(structure)
     getattr(given, where)[name] = torch.zeros(99)
     with pytest.raises(HapError, match=f"the sensitivity does not fit the structure at '{name}'") as error:
-        candidates(structure, given, **OPTIONS)
+        candidates(structure, given, constraints(structure), with_implants=True)
     assert error.value.got == "shape (99,)"
 
 
@@ -81,7 +80,7 @@ def test_a_sensitivity_without_a_family_is_refused(structure, sensitivity) -> No
     given = sensitivity(structure)
     del given.scores["inner"]
     with pytest.raises(HapError, match="does not fit the structure at 'inner'") as error:
-        candidates(structure, given, **OPTIONS)
+        candidates(structure, given, constraints(structure), with_implants=True)
     assert error.value.got == "none"
 
 

@@ -37,20 +37,20 @@ def kept(plan: hap.Plan) -> dict[str, set[int]]:
     ],
     ids=str,
 )
-def test_budget_is_met_within_one_percent(resnet, sensitivity, budget, ratio) -> None:
+def test_budget_is_met_within_half_a_percent(resnet, sensitivity, budget, ratio) -> None:
     for seed in range(2):
         plan = decide(resnet, sensitivity(resnet, seed), budget, implant_ratio=ratio)
-        assert 0.99 <= used(plan) <= 1
+        assert 0.995 <= used(plan) <= 1
 
 
 def test_budget_is_met_where_one_step_jumps_over_it(resnet, sensitivity) -> None:
-    """A unit of the last stage's stream is over 1 % of the model; the plan makes up for it with others."""
+    """A unit of the last stage's stream is over half a percent of the model; the plan makes up for it with others."""
     given = sensitivity(resnet)
     for family in resnet.families:
         if len(family.roles("producer")) > 1:  # the streams leave first
             given.scores[family.name][:] = torch.arange(family.size) / 1e6
     for budget in (0.9, 0.8, 0.6):
-        assert 0.99 <= used(decide(resnet, given, Budget(params=budget), implant_ratio=0)) <= 1
+        assert 0.995 <= used(decide(resnet, given, Budget(params=budget), implant_ratio=0)) <= 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3])
@@ -190,10 +190,9 @@ def test_the_plan_records_what_was_asked_for(structure, sensitivity) -> None:
     given = dataclasses.replace(sensitivity(structure), criterion="mine", samples=7, draws=2)
     plan = decide(structure, given, Budget(macs=0.8), implant_ratio=0.2, floor=2, round_to=2)
     assert (plan.criterion, plan.budget) == ("mine", Budget(macs=0.8))
-    assert plan.options == {
-        "versions": versions(),
-        "implant_ratio": 0.2, "floor": 2, "round_to": 2, "inexact": False, "samples": 7, "draws": 2
-    }  # fmt: skip
+    bounds = {"floor": 2, "minimum": {}, "maximum": {}, "round_to": 2, "protect": [], "inexact": False}
+    choice = {"mode": "paper", "implant_ratio": 0.2, "joint": False, "pairs": 0.0, "units": None}
+    assert plan.options == {**bounds, **choice, "versions": versions(), "samples": 7, "draws": 2}
     assert set(plan.decisions) == {f.name for f in structure.families}
 
 
@@ -203,6 +202,7 @@ def test_the_plan_records_what_was_asked_for(structure, sensitivity) -> None:
         ({"implant_ratio": -0.1}, "implant_ratio is out of range"),
         ({"implant_ratio": 1.1}, "implant_ratio is out of range"),
         ({"implant_ratio": float("nan")}, "implant_ratio is out of range"),
+        ({"pairs": 1.5}, "pairs is out of range"),
         ({"floor": 0}, "floor is out of range"),
         ({"round_to": 0}, "round_to is out of range"),
     ],

@@ -84,7 +84,11 @@ def refused(data: dict[str, Any]) -> bool:
     return False
 
 
-OPTIONAL = {("budget", "params"), ("budget", "macs")}  # a budget without one of them is one, too
+LIMITS = ("params", "macs", "latency", "heads")
+OPTIONAL = {
+    *(("budget", name) for name in LIMITS),
+    *((cost, name) for cost in ("dense", "small") for name in LIMITS[2:]),
+}
 FREE = ("options", "implants")  # dicts with any keys
 
 

@@ -10,26 +10,30 @@ from torch import nn
 import hap
 from hap.planning import CostModel
 from hap.planning.candidates import candidates
-from hap.planning.rule import Choice, Rule
+from hap.planning.choice import Choice
+from hap.planning.constraints import constraints
+from hap.planning.rule import Rule
 
 
 def rule_for(structure, sensitivity, *, ratio: float, round_to: int = 1, seed: int = 0) -> Rule:
-    ranked = candidates(structure, sensitivity(structure, seed), with_implants=ratio > 0, floor=1, inexact=False)
+    ranked = candidates(structure, sensitivity(structure, seed), constraints(structure), with_implants=ratio > 0)
     return Rule(ranked, ratio, round_to)
+
+
+def implanted(choice: Choice, module: str) -> tuple[int, ...]:
+    return choice.implants[module].indices if module in choice.implants else ()
 
 
 def state(rule: Rule, choice: Choice, candidate: int) -> str:
     ranked = rule.ranked
     unit = int(ranked.unit[candidate])
     if ranked.layer[candidate] >= 0:
-        return (
-            "implanted" if unit in choice.implanted.get(ranked.layers[ranked.layer[candidate]].module, ()) else "kept"
-        )
+        return "implanted" if unit in implanted(choice, ranked.layers[ranked.layer[candidate]].module) else "kept"
     family = int(ranked.family[candidate])
     if choice.pruned[ranked.families[family].name][unit]:
         return "pruned"
     rows = {(ranked.layers[k].module, i) for k, indices in ranked.implants[family].items() for i in indices[unit]}
-    there = [i in choice.implanted.get(module, ()) for module, i in rows]
+    there = [i in implanted(choice, module) for module, i in rows]
     return "implanted" if there and all(there) else "kept"
 
 
@@ -108,7 +112,7 @@ def test_no_filter_is_both_pruned_and_implanted(structure, sensitivity) -> None:
             choice = rule(n)
             for family in structure.families:
                 for member in family.roles("producer") + family.roles("follower"):
-                    rows = set(choice.implanted.get(member.parameter.removesuffix(".weight"), ()))
+                    rows = set(implanted(choice, member.parameter.removesuffix(".weight")))
                     if member.axis == 0 and member.parameter.endswith(".weight"):
                         gone = np.flatnonzero(choice.pruned[family.name]).tolist()
                         assert not rows & {i for u in gone for i in member.indices[u]}

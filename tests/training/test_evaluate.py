@@ -123,3 +123,22 @@ def test_progress_sees_every_batch() -> None:
     evaluate(nn.Identity(), batches(2, 2, 1), progress=progress)
     evaluate(nn.Identity(), iter(batches(2, 2, 1)), progress=progress)
     assert calls == [("evaluate", 3), ("evaluate", None)]
+
+
+def test_metrics_see_all_labels_that_count() -> None:
+    seen: list[torch.Tensor] = []
+
+    def second(labels: torch.Tensor, predictions: torch.Tensor) -> float:
+        seen.extend((labels, predictions))
+        return float(((predictions == 1) & (labels == 1)).sum())
+
+    data = [*batches(3, 2), (LOGITS[:1], torch.tensor([-100]))]
+    result = evaluate(nn.Identity(), data, lambda outputs, batch: outputs.mean(), metrics={"second": second})
+    assert result.metrics == {"second": 2.0}
+    assert torch.equal(seen[0], LABELS)
+    assert seen[1].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_no_metrics_where_targets_are_not_classes() -> None:
+    with pytest.raises(HapError, match="no f1 where targets are not classes"):
+        evaluate(nn.Identity(), [(LOGITS, LABELS.float())], lambda outputs, batch: outputs.mean(), metrics={"f1": min})

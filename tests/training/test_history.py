@@ -12,7 +12,7 @@ def test_the_chosen_evaluation_and_json() -> None:
     assert History(start, (record,), chosen=0).validation is start
     assert History(start, (record,), chosen=1).validation is after
     assert json.loads(json.dumps(History(start, (record,), chosen=1).to_dict())) == {
-        "start": {"loss": 2.0, "accuracy": 0.5, "samples": 10},
+        "start": {"loss": 2.0, "accuracy": 0.5, "samples": 10, "metrics": {}},
         "epochs": [
             {
                 "epoch": 1,
@@ -20,7 +20,7 @@ def test_the_chosen_evaluation_and_json() -> None:
                 "lr": 0.1,
                 "seconds": 2.0,
                 "samples": 20,
-                "validation": {"loss": 1.0, "accuracy": None, "samples": 10},
+                "validation": {"loss": 1.0, "accuracy": None, "samples": 10, "metrics": {}},
             }
         ],
         "chosen": 1,

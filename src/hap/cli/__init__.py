@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from hap.cli import demo, inspect, prune
+from hap.cli import demo, finetune, inspect, prune
 from hap.errors import HapError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def _reporting(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _verb in (prune.prune, inspect.inspect, demo.demo):
+for _verb in (prune.prune, finetune.finetune, inspect.inspect, demo.demo):
     app.command()(_reporting(_verb))
 
 

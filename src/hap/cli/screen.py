@@ -84,6 +84,10 @@ def show(run: Run) -> None:
     error = run.result.verification.max_relative_error
     console.print(f"{pruned} of {units} units pruned, {implanted} filters implanted ({plan.criterion})")
     console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
+    for number, found in enumerate(run.rounds, start=1):
+        which = f"round {number}: " if len(run.rounds) > 1 else ""
+        predicted = "nothing" if found.predicted is None else f"{found.predicted:.3f}"
+        console.print(f"{which}rise of the loss by the cut: predicted {predicted}, measured {found.rise:.3f}")
     if run.as_cut.accuracy is not None:
         chosen = run.history.chosen
         kept = f"epoch {chosen} of {len(run.history.epochs)}" if run.history.epochs else "no fine-tuning"

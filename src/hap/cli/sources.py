@@ -9,30 +9,40 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hap import zoo
+from hap import pretrained, zoo
 from hap.errors import HapError, unknown
 from hap.zoo.weights import load_weights_
 
+SPECS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:PATH or FILE.py:FUNCTION"
 
-def load_model(spec: str, weights: Path | None, classes: int) -> nn.Module:
-    """A model from ``zoo:NAME``, ``torchvision:NAME`` or ``FILE.py:FUNCTION``, with its weights.
 
-    A FUNCTION takes no arguments and returns the model; `weights` may be None if it loads its own.
+def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) -> nn.Module:
+    """A classifier of images from a spec, one of `SPECS`, with its weights.
+
+    PATH is a directory or a name on the Hugging Face hub, which has weights of its own. A FUNCTION takes no arguments
+    and returns the model; `weights` may be None if it loads its own.
+
+    Args:
+        seed: of weights that come from nowhere else.
 
     Raises:
-        HapError: the spec is malformed, the name unknown, or the weights do not fit.
+        HapError: the spec is malformed, the name unknown, a package missing, or the weights do not fit.
     """
     source, _, name = spec.rpartition(":")
     if source == "zoo":
-        return zoo.build(name, weights=weights, classes=classes)
+        return zoo.build(name, weights=weights, classes=classes, seed=seed)
     if source == "torchvision":
         model = _torchvision(name, classes)
+    elif source == "timm":
+        model = _timm(name, classes, seed)
+    elif source == "hf":
+        model = pretrained.load_image_classifier(name, classes, seed=seed)
     elif source.endswith(".py"):
         model = _from_file(Path(source), name)
     else:
         raise HapError(
             f"{spec!r} names no model",
-            expected="zoo:NAME, torchvision:NAME, or FILE.py:FUNCTION",
+            expected=SPECS,
             got=spec,
             remedy=f"for example zoo:resnet20; the zoo has {', '.join(zoo.MODELS)}",
         )
@@ -49,6 +59,18 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     if name not in models.list_models():
         raise unknown("torchvision model", name, models.list_models())
     return models.get_model(name, weights=None, num_classes=classes)
+
+
+def _timm(name: str, classes: int, seed: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise HapError("timm is not installed", remedy="pip install timm") from error
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return timm.create_model(name, num_classes=classes)
 
 
 def _from_file(path: Path, function: str) -> nn.Module:

@@ -136,7 +136,7 @@ class Gates:
         wide = torch.promote_types(total.dtype, torch.float32)
         device = batches.device_of(self.model)
         self._totals = torch.zeros(self._samples, self.layout.size, dtype=wide, device=device)
-        # Not grad() by these leaves: hooks of the model's own (gradient checkpointing of embeddings) may have made others.
+        # Not grad() by these leaves: a hook of the model's own (of gradient checkpointing) may have made others.
         torch.autograd.backward(total, retain_graph=keep)
         for leaf in self._leaves:
             leaf.grad = None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hap.errors import HapError
+from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
 
 _IMPLANTABLE = ("Conv1d", "Conv2d", "Conv3d")
@@ -27,6 +28,7 @@ class Candidates:
         unit: the unit's index in its family, or the first filter of a block; shape (n,).
         layer: index into `layers` of a filter, or -1 for a unit; shape (n,).
         families, layers: what the indices refer to.
+        forced: for each family, a mask over the units that leave in any case.
         implants: for each family and unit, the filters that an implant would replace, by layer index.
     """
 
@@ -36,6 +38,7 @@ class Candidates:
     layer: np.ndarray
     families: tuple[Family, ...]
     layers: tuple[Layer, ...]
+    forced: dict[str, np.ndarray]
     implants: dict[int, dict[int, tuple[tuple[int, ...], ...]]]
 
     def __len__(self) -> int:
@@ -72,43 +75,52 @@ def block(layer: Layer) -> int:
 
 
 def candidates(
-    structure: Structure, sensitivity: Sensitivity, *, with_implants: bool, floor: int, inexact: bool
+    structure: Structure, sensitivity: Sensitivity, bounds: Constraints, *, with_implants: bool
 ) -> Candidates:
     """Builds the list: every unit that may leave, and every filter that others' channels hold in place.
 
-    The `floor` most sensitive units of each family are no candidates.
+    The most sensitive units of each family, which its smallest width holds, are no candidates, nor are the least
+    sensitive ones, for which its largest width has no place.
 
     Raises:
         HapError: the sensitivity is not one of this structure, or holds values that are not finite.
     """
-    families = tuple(f for f in structure.families if f.exact or inexact)
+    families = tuple(f for f in structure.families if bounds.rooms[f.name].most)
     layers = implantable(structure) if with_implants else ()
-    rows = [*_units(families, sensitivity, floor), *_filters(families, layers, sensitivity)]
+    layers = tuple(layer for layer in layers if layer.module not in bounds.protected)
+    rows: list[_Row] = []
+    forced = {}
+    for i, family in enumerate(families):
+        score, room = checked(sensitivity, sensitivity.scores, family.name, family.size), bounds.rooms[family.name]
+        order = np.argsort(score, kind="stable")
+        forced[family.name] = np.isin(np.arange(family.size), order[: room.least])
+        rows += [(float(score[unit]), i, unit, -1) for unit in order[room.least : room.most].tolist()]
+    rows += _filters(families, layers, sensitivity)
     rows.sort(key=lambda row: row[0])  # stable: ties stay in the order of the forward pass
     table = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
-    score = np.array([row[0] for row in rows], dtype=np.float64)
-    return Candidates(score, table[:, 0], table[:, 1], table[:, 2], families, layers, _implants(families, layers))
-
-
-def _units(families: tuple[Family, ...], sensitivity: Sensitivity, floor: int) -> Iterator[_Row]:
-    for i, family in enumerate(families):
-        score = _checked(sensitivity, sensitivity.scores, family.name, family.size)
-        for unit in np.argsort(score, kind="stable")[: max(0, family.size - floor)].tolist():
-            yield float(score[unit]), i, unit, -1
+    scores = np.array([row[0] for row in rows], dtype=np.float64)
+    return Candidates(
+        scores, table[:, 0], table[:, 1], table[:, 2], families, layers, forced, _implants(families, layers)
+    )
 
 
 def _filters(families: tuple[Family, ...], layers: tuple[Layer, ...], sensitivity: Sensitivity) -> Iterator[_Row]:
     for k, layer in enumerate(layers):
         if layer.module not in sensitivity.filters:
             continue
-        score = _checked(sensitivity, sensitivity.filters, layer.module, layer.filters)
+        score = checked(sensitivity, sensitivity.filters, layer.module, layer.filters)
         replaceable, step = _replaceable(families, layer), block(layer)
         for first in range(0, layer.filters, step):
             if first not in replaceable:
                 yield float(score[first : first + step].sum()), -1, first, k
 
 
-def _checked(sensitivity: Sensitivity, values: Mapping[str, torch.Tensor], name: str, size: int) -> np.ndarray:
+def checked(sensitivity: Sensitivity, values: Mapping[str, torch.Tensor], name: str, size: int) -> np.ndarray:
+    """The values called `name`, as float64.
+
+    Raises:
+        HapError: they are missing, of another shape, or not finite.
+    """
     value = values.get(name)
     if value is None or tuple(value.shape) != (size,):
         raise HapError(

@@ -1,20 +1,24 @@
-"""`decide`: the paper's rule, one global ranking cut where the budget is met."""
+"""`decide`: a structure, its sensitivity and a budget -> a plan."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
-import numpy as np
+from hap.errors import HapError, unknown
+from hap.implants import Option
+from hap.planning import optimal, paper
+from hap.planning.budget import check_measured
+from hap.planning.choice import Choice
+from hap.planning.constraints import Widths, constraints
+from hap.planning.cost import CostModel
+from hap.planning.latency_table import LatencyTable
+from hap.planning.plan import Plan, versions
+from hap.planning.problem import problem
+from hap.types import Budget, Sensitivity, Structure
 
-from hap.errors import HapError
-from hap.planning.candidates import candidates
-from hap.planning.cost import POINTWISE, CostModel
-from hap.planning.plan import Decision, Implant, Plan, versions
-from hap.planning.rule import Choice, Rule
-from hap.types import Budget, Cost, Sensitivity, Structure
-
-TOLERANCE = 0.01  # of the budget: how far under it a plan may land
+Mode = Literal["paper", "optimal"]
+Joint = bool | Literal["auto"]
 
 
 def decide(
@@ -22,47 +26,106 @@ def decide(
     sensitivity: Sensitivity,
     budget: Budget,
     *,
+    mode: Mode = "paper",
     implant_ratio: float = 0.1,
+    options: Mapping[str, Sequence[Option]] | None = None,
+    joint: Joint = "auto",
+    pairs: float = 0.5,
     floor: int = 1,
+    minimum: Widths | None = None,
+    maximum: Widths | None = None,
     round_to: int = 1,
+    protect: Iterable[str] = (),
+    units: Iterable[str] | None = None,
     inexact: bool = False,
+    latency: LatencyTable | None = None,
 ) -> Plan:
-    """Chooses what to keep, implant and prune, as the paper does (Yu et al. 2022, section 3).
+    """Chooses what to keep, implant and prune; every part of the budget is met.
 
-    All candidates are ranked together, least sensitive first. Of the first n, the most sensitive
-    share `implant_ratio` gets implants and the others are pruned; n is the smallest number that
-    meets the budget. A filter whose channel must stay, because others write to it too or because it
-    is frozen, is implanted instead of pruned. A 1 x 1 filter has no smaller form: it is pruned.
+    Mode ``paper`` is one global ranking (Yu et al. 2022, section 3): of the least sensitive candidates the most
+    sensitive share `implant_ratio` gets pointwise implants, the others leave. Mode ``optimal`` minimises the predicted
+    rise of the loss: the sensitivity of what leaves, plus for each implanted filter its sensitivity times what the
+    implant leaves undone, for exact costs; see `hap.planning.optimal`.
 
     Args:
         structure: from `hap.trace`.
         sensitivity: from `hap.measure`.
-        budget: what may remain; every part of it is met.
-        implant_ratio: in [0, 1]; 0 makes a plan without implants.
+        budget: what may remain; a plan lands at most 0.5 % under it where single units are as fine as that.
+        mode: how to choose.
+        implant_ratio: in [0, 1]; 0 makes a plan without implants. In mode ``optimal`` no ratio is kept: any other
+            value lets the planner implant as many filters as pays.
+        options: mode ``optimal``: for each layer (by module) the forms to choose from, with what they leave undone, as
+            `hap.implants.options` measures them; None for a plan without implants.
+        joint: mode ``optimal``: whether units are chosen together by the sensitivity's Gram matrix; "auto" where it
+            has one.
+        pairs: how much of what the Gram matrix says of pairs of units counts, in [0, 1]. The search finds sets whose
+            units seem to make up for each other; in truth they do less than the matrix says, the more so the more
+            units leave.
         floor: the number of units that every family keeps at least.
-        round_to: keep a multiple of this many units in each family (rounded up).
+        minimum, maximum: for families (by name or pattern, as in ``layer3.*``) how many units stay at least or at
+            most: an int counts units, a float is a fraction of them.
+        round_to: keep a multiple of this many units in each family, or all (rounded up).
+        protect: module names or patterns; the units that these modules write stay, and they get no implants. What
+            they read may shrink: `hap.trace(ignore=)` leaves modules alone altogether.
+        units: the kinds of units that may leave: ``head``, ``neuron``, ``channel``; None for all, or for heads
+            where the budget limits nothing else. Layers that write no such units get no implants either.
         inexact: also prune families behind a normalisation that mixes units.
+        latency: the layers' times, for a budget of latency; also puts the plan's latency on record.
 
     Raises:
-        HapError: no family can be pruned, or the budget cannot be reached (says how low it can go).
+        HapError: an option is out of range or names nothing, no family can be pruned, or the budget cannot be reached
+            (says how low it can go).
     """
-    _check(structure, implant_ratio, floor, round_to, inexact)
-    ranked = candidates(structure, sensitivity, with_implants=implant_ratio > 0, floor=floor, inexact=inexact)
-    cost = CostModel(structure)
-    rule = Rule(ranked, implant_ratio, round_to)
-    choice = _search(rule, cost, budget)
+    if mode not in get_args(Mode):
+        raise unknown("mode", mode, get_args(Mode))
+    for name, value in (("implant_ratio", implant_ratio), ("pairs", pairs)):
+        if not 0 <= value <= 1:
+            raise HapError(f"{name} is out of range", expected="a share in [0, 1]", got=repr(value))
+    if units is None and set(budget.limits) == {"heads"}:
+        units = ("head",)
+    protect, units = tuple(protect), None if units is None else tuple(units)
+    together = _together(sensitivity, mode, joint)
+    bounds = constraints(
+        structure,
+        floor=floor,
+        minimum=minimum,
+        maximum=maximum,
+        round_to=round_to,
+        protect=protect,
+        units=units,
+        inexact=inexact,
+        skipped=sensitivity.skipped,
+    )
+    _check_prunable(structure, sensitivity, inexact)
+    cost = CostModel(structure, latency)
+    check_measured(budget, cost.dense)
+    if mode == "paper":
+        choice = paper.choose(structure, sensitivity, budget, cost, bounds, implant_ratio=implant_ratio)
+    else:
+        offered = options or {} if implant_ratio else {}
+        choice = optimal.choose(
+            problem(structure, sensitivity, bounds, offered, pairs=pairs if together else 0.0), cost, budget
+        )
     return Plan(
         structure=structure,
-        decisions=_decisions(structure, choice.pruned),
-        implants={module: Implant(tuple(rows), POINTWISE) for module, rows in choice.implanted.items() if rows},
+        decisions=choice.decisions(structure),
+        implants=choice.implants,
         budget=budget,
         criterion=sensitivity.criterion,
         dense=cost.dense,
         small=choice.cost(cost),
+        predicted=_predicted(choice, sensitivity),
         options={
+            "mode": mode,
             "implant_ratio": implant_ratio,
+            "joint": together,
+            "pairs": pairs if together else 0.0,
             "floor": floor,
+            "minimum": dict(minimum or {}),
+            "maximum": dict(maximum or {}),
             "round_to": round_to,
+            "protect": list(protect),
+            "units": None if units is None else list(units),
             "inexact": inexact,
             "samples": sensitivity.samples,
             "draws": sensitivity.draws,
@@ -71,92 +134,29 @@ def decide(
     )
 
 
-def _search(rule: Rule, cost: CostModel, budget: Budget) -> Choice:
-    """The plan of the smallest n that meets the budget.
-
-    Where one step jumps over the last percent (a unit that many layers share), that candidate is
-    kept and the search goes on; the plan that lands closest under the budget wins.
-    """
-    lowest = rule(len(rule)).cost(cost)
-    if _used(lowest, cost.dense, budget) > 1:
+def _together(sensitivity: Sensitivity, mode: Mode, joint: Joint) -> bool:
+    if joint is True and mode == "paper":
         raise HapError(
-            "the budget cannot be reached",
-            # rounded up, so that to ask for what is written here works
-            expected=", ".join(
-                f"{k} kept >= {math.ceil(v * 1e4) / 1e4:.4f}" for k, v in _fractions(lowest, cost.dense).items()
-            ),
-            got=", ".join(f"{k} {v}" for k, v in _limits(budget).items()),
-            remedy="keep more, change implant_ratio, lower floor or round_to, or include inexact families",
+            "the paper's rule ranks units one by one",
+            expected="joint=True with mode='optimal'",
+            got="mode='paper'",
+            remedy="leave joint out, or choose mode='optimal'",
         )
-    best: tuple[float, Choice] | None = None
-    for _ in range(64):
-        n = _bisect(rule, cost, budget)
-        choice = rule(n)
-        used = _used(choice.cost(cost), cost.dense, budget)
-        if used > 1:
-            break
-        if best is None or used > best[0]:
-            best = (used, choice)
-        if used >= 1 - TOLERANCE or n == 0:
-            break
-        rule.exclude(max(rule.last_moves(n), key=lambda i: _effect(rule, cost, budget, i)))
-    assert best is not None
-    return best[1]
+    return mode == "optimal" and (sensitivity.gram is not None if joint == "auto" else joint)
 
 
-def _effect(rule: Rule, cost: CostModel, budget: Budget, candidate: int) -> float:
-    """The share of the budget that one unit's removal alone saves; filters save little."""
-    ranked = rule.ranked
-    if ranked.layer[candidate] >= 0:
-        return 0.0
-    family = ranked.families[ranked.family[candidate]]
-    mask = np.zeros(family.size, dtype=bool)
-    mask[ranked.unit[candidate]] = True
-    return _used(cost.dense, cost.dense, budget) - _used(cost({family.name: mask}, {}), cost.dense, budget)
+def _predicted(choice: Choice, sensitivity: Sensitivity) -> float | None:
+    """The paper's rule predicts nothing: without implants it is the sum of the scores of what leaves."""
+    if choice.predicted is not None or choice.implants:
+        return choice.predicted
+    return float(sum(float(sensitivity.scores[name][mask].sum()) for name, mask in choice.pruned.items()))
 
 
-def _bisect(rule: Rule, cost: CostModel, budget: Budget) -> int:
-    low, high = 0, len(rule)
-    while low < high:
-        middle = (low + high) // 2
-        if _used(rule(middle).cost(cost), cost.dense, budget) <= 1:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _fractions(cost: Cost, dense: Cost) -> dict[str, float]:
-    return {"params": cost.params / dense.params, "macs": cost.macs / max(1, dense.macs)}
-
-
-def _limits(budget: Budget) -> dict[str, float]:
-    return {k: v for k, v in (("params", budget.params), ("macs", budget.macs)) if v is not None}
-
-
-def _used(cost: Cost, dense: Cost, budget: Budget) -> float:
-    """The largest share of a budget that is used; over 1 breaks it."""
-    fractions = _fractions(cost, dense)
-    return max(fractions[k] / limit for k, limit in _limits(budget).items())
-
-
-def _decisions(structure: Structure, pruned: Mapping[str, np.ndarray]) -> dict[str, Decision]:
-    decisions = {}
-    for family in structure.families:
-        mask = pruned.get(family.name, np.zeros(family.size, dtype=bool))
-        decisions[family.name] = Decision(tuple(np.flatnonzero(~mask).tolist()), tuple(np.flatnonzero(mask).tolist()))
-    return decisions
-
-
-def _check(structure: Structure, implant_ratio: float, floor: int, round_to: int, inexact: bool) -> None:
-    if not 0 <= implant_ratio <= 1:
-        raise HapError("implant_ratio is out of range", expected="a share in [0, 1]", got=repr(implant_ratio))
-    for name, value in (("floor", floor), ("round_to", round_to)):
-        if value < 1:
-            raise HapError(f"{name} is out of range", expected="an integer of at least 1", got=repr(value))
-    if not any(f.exact or inexact for f in structure.families):
+def _check_prunable(structure: Structure, sensitivity: Sensitivity, inexact: bool) -> None:
+    if not any((f.exact or inexact) and f.name not in sensitivity.skipped for f in structure.families):
         reasons = sorted({f"{f.parameter} axis {f.axis}: {f.reason}" for f in structure.frozen})
-        reasons += [f"{f.name}: a normalisation mixes its units" for f in structure.families]
+        reasons += [f"{name}: {reason}" for name, reason in sensitivity.skipped.items()]
+        reasons += [f"{f.name}: a normalisation mixes its units" for f in structure.families if not f.exact]
         shown = "; ".join(reasons[:8]) + (f"; and {len(reasons) - 8} more" if len(reasons) > 8 else "")
         raise HapError(
             "this model has no prunable family",

@@ -36,13 +36,18 @@ class Latency:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], args: tuple[Any, ...], *, runs: int = 50, seconds: float = 5.0
+    models: Mapping[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    runs: int = 50,
+    seconds: float = 5.0,
 ) -> dict[str, Latency]:
     """Times each model's forward pass on the same inputs, the models taking turns.
 
     Args:
         models: name -> model, all on the device of `args`; in evaluation mode while timed.
-        args: positional inputs.
+        args, kwargs: the inputs.
         runs: timed turns at most, after some untimed ones to warm up.
         seconds: no new turn starts after so long, but at least 5 are timed.
 
@@ -65,19 +70,19 @@ def measure_latency(
             break
         for name, model in models.items():
             with evaluating(model), torch.inference_mode():
-                elapsed = _time(model, args)
+                elapsed = _time(model, args, kwargs or {})
             if turn >= 0:
                 times[name].append(elapsed)
     first = next(iter(times.values()))
     return {name: _summary(found, first) for name, found in times.items()}
 
 
-def _time(model: nn.Module, args: tuple[Any, ...]) -> float:
+def _time(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     cuda = device_of(model).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    model(*args)
+    model(*args, **kwargs)
     if cuda:
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - start)

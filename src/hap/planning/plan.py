@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from hap.errors import HapError
-from hap.planning.cost import POINTWISE
-from hap.types import Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
+from hap.implants import FORMS
+from hap.types import Attribute, Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Plan:
         budget: what was asked for.
         criterion: the sensitivity's criterion.
         dense, small: cost before, and the promised cost after.
+        predicted: the rise of the loss that the sensitivity predicts, in its unit (nats for the second-order
+            criteria); None where nothing says what the implants leave undone.
         options: the settings and versions that the plan was made with, for the record.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     criterion: str
     dense: Cost
     small: Cost
+    predicted: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -129,6 +132,7 @@ def _plan(data: dict[str, Any]) -> Plan:
             name: TensorSpec(tuple(t["shape"]), t["dtype"], t["is_parameter"]) for name, t in raw["tensors"].items()
         },
         modules=raw["modules"],
+        attributes=tuple(Attribute(**a) for a in raw["attributes"]),
     )
     if raw["fingerprint"] != structure.fingerprint:
         raise ValueError("the structure does not match its fingerprint")
@@ -140,6 +144,7 @@ def _plan(data: dict[str, Any]) -> Plan:
         criterion=data["criterion"],
         dense=Cost(**data["dense"]),
         small=Cost(**data["small"]),
+        predicted=data["predicted"],
         options=data["options"],
     )
 
@@ -158,7 +163,7 @@ def _check(plan: Plan) -> None:
             lost |= {(member.parameter, member.axis, i) for u in decision.prune for i in member.indices[u]}
     for module, implant in plan.implants.items():
         layer = structure.layer(module)
-        if implant.form != POINTWISE:
+        if implant.form not in FORMS:
             raise ValueError(f"{module!r} has an implant of unknown form {implant.form!r}")
         left = {i for i in range(layer.filters) if (layer.weight, layer.output_axis, i) not in lost}
         if not left.issuperset(implant.indices):

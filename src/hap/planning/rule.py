@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from hap.planning.candidates import Candidates, block
-from hap.planning.cost import CostModel
-from hap.types import Cost
+from hap.planning.choice import Choice
+from hap.planning.plan import Implant
 
-
-class Choice:
-    """What happens to every unit (masks by family) and filter (rows by module)."""
-
-    def __init__(self, pruned: Mapping[str, np.ndarray], implanted: Mapping[str, list[int]]) -> None:
-        self.pruned = pruned
-        self.implanted = implanted
-
-    def cost(self, model: CostModel) -> Cost:
-        return model(self.pruned, {module: len(rows) for module, rows in self.implanted.items()})
+POINTWISE = "pointwise"  # the paper's only form
 
 
 class Rule:
@@ -55,7 +45,7 @@ class Rule:
 
     def __call__(self, n: int) -> Choice:
         ranked, low = self.ranked, self._low(n)
-        pruned = {f.name: np.zeros(f.size, dtype=bool) for f in ranked.families}
+        pruned = {name: mask.copy() for name, mask in ranked.forced.items()}
         units: list[tuple[int, int]] = []
         filters: list[tuple[int, int]] = []
         for position, i in enumerate(self._active[:n].tolist()):
@@ -82,7 +72,7 @@ class Rule:
 
     def _implanted(
         self, pruned: dict[str, np.ndarray], units: list[tuple[int, int]], filters: list[tuple[int, int]]
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, Implant]:
         """The filters of `units` and `filters` by module, less those that pruning took away.
 
         A unit that rounding took back is among them: it was implanted for a smaller n.
@@ -99,4 +89,8 @@ class Rule:
                 mask = pruned[ranked.families[family].name]
                 for gone in np.flatnonzero(mask).tolist() if layer in by_layer else ():
                     found.difference_update(by_layer[layer][gone])
-        return {ranked.layers[layer].module: sorted(found) for layer, found in rows.items()}
+        return {
+            ranked.layers[layer].module: Implant(tuple(sorted(found)), POINTWISE)
+            for layer, found in rows.items()
+            if found
+        }

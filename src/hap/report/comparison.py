@@ -9,15 +9,17 @@ from typing import Literal, get_args
 
 from hap.errors import HapError, unknown
 
-Quantity = Literal["params", "macs", "latency_ms", "batch_latency_ms", "bytes", "accuracy", "loss"]
+Quantity = Literal["params", "macs", "latency_ms", "batch_latency_ms", "bytes", "accuracy", "f1", "matthews", "loss"]
 
 _LABELS: dict[Quantity, str] = {
     "params": "parameters",
     "macs": "MACs",
-    "latency_ms": "latency, 1 image",
-    "batch_latency_ms": "latency, 32 images",
+    "latency_ms": "latency, 1 example",
+    "batch_latency_ms": "latency, 32 examples",
     "bytes": "file size",
     "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
     "loss": "loss",
 }
 _HEADER = ("", "dense", "small", "small vs dense")
@@ -36,7 +38,7 @@ class Row:
     """One quantity of both models.
 
     Attributes:
-        quantity: what it is; ``latency_ms`` is in milliseconds, ``accuracy`` a fraction in [0, 1].
+        quantity: what it is; ``latency_ms`` is in milliseconds, ``accuracy`` and ``f1`` fractions in [0, 1].
         dense, small: the values.
         ratio: small / dense; NaN where the dense model's value is 0.
     """
@@ -54,15 +56,15 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         """Label, dense, small and how they compare, as text.
 
-        Costs compare by their ratio; accuracy and loss by their difference, in which a small change shows.
+        Costs compare by their ratio; accuracy and the like by their difference, in which a small change shows.
         """
         return self.label, _text(self.quantity, self.dense), _text(self.quantity, self.small), self._change()
 
     def _change(self) -> str:
         difference = self.small.value - self.dense.value
-        if self.quantity == "accuracy":
+        if self.quantity in ("accuracy", "f1"):
             return f"{_signed(100 * difference, 2)} points"
-        if self.quantity == "loss":
+        if self.quantity in ("matthews", "loss"):
             return _signed(difference, 3)
         return "" if math.isnan(self.ratio) else f"{self.ratio:.2f}×"
 
@@ -142,9 +144,9 @@ def _text(quantity: Quantity, measured: Measured) -> str:
 
 def _format(quantity: Quantity, value: float) -> tuple[float, int, str]:
     """By what to divide, the digits after the point, and the unit."""
-    if quantity == "accuracy":
+    if quantity in ("accuracy", "f1"):
         return 0.01, 2, "%"
-    if quantity == "loss":
+    if quantity in ("matthews", "loss"):
         return 1.0, 3, ""
     if quantity in ("latency_ms", "batch_latency_ms"):
         return 1.0, _digits(value), "ms"

@@ -1,8 +1,8 @@
-"""Loss and accuracy over a data set."""
+"""Loss, accuracy and other metrics over a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from hap.batches import Batch, Loss, default_loss, device_of, evaluating, forward, logits, size, take, targets
 from hap.errors import HapError
 from hap.training.meter import Meter, length
-from hap.types import Evaluation, Progress, silent
+from hap.types import Evaluation, Metric, Progress, silent
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -22,6 +22,7 @@ def evaluate(
     loss: Loss | None = None,
     *,
     samples: int | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """The model's mean loss over all examples, and its accuracy.
@@ -34,14 +35,16 @@ def evaluate(
         batches: pairs ``(inputs, targets)``, or dicts with ``labels``.
         loss: ``loss(outputs, batch)``, the mean over a batch; None means cross-entropy, or the model's own loss.
         samples: how many examples to read; None means all.
+        metrics: by name, functions of all labels and predictions (arg max of the logits); ignored labels are left out.
         progress: shows how far it is.
 
     Returns:
-        The loss; the share of labels that are the arg max of the logits, in [0, 1], or None where targets are not
-        int64 class labels, one for each score vector; and the number of examples.
+        The loss; the share of labels that are predicted, in [0, 1], or None where targets are not int64 class labels,
+        one for each score vector; the number of examples; and the metrics.
 
     Raises:
-        HapError: there is no data, the model cannot read it, or a loss is not a finite scalar.
+        HapError: there is no data, the model cannot read it, a loss is not a finite scalar, or metrics are asked for
+            where targets are not class labels.
 
     >>> batch = (torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]]), torch.tensor([0, 1, 1, 1]))
     >>> evaluate(nn.Identity(), [batch]).accuracy
@@ -50,18 +53,25 @@ def evaluate(
     function = loss or default_loss
     meter = Meter("the evaluation")
     hits: list[torch.Tensor | None] = []
+    classes: list[_Classes | None] = []
     total = length(batches) if samples is None else None
     # Not inference_mode: what a model caches there (rotary tables) could not be trained through afterwards.
     with evaluating(model), torch.no_grad():
         for batch in progress(take(batches, samples, device_of(model)), "evaluate", total):
             outputs = forward(model, batch)
             meter.add(function(outputs, batch), size(batch))
-            hits.append(_hits(outputs, batch))
-    return Evaluation(loss=meter.mean(), accuracy=_accuracy(hits), samples=meter.samples)
+            found = _classes(outputs, batch)
+            hits.append(None if found is None else _hits(*found))
+            if metrics:  # else nothing is kept, however many pixels have a label each
+                classes.append(found)
+    return Evaluation(meter.mean(), _accuracy(hits), meter.samples, _metrics(metrics or {}, classes))
 
 
-def _hits(outputs: Any, batch: Batch) -> torch.Tensor | None:
-    """The numbers of right and of all labels; None if this is not a classification."""
+_Classes = tuple[torch.Tensor, torch.Tensor]
+
+
+def _classes(outputs: Any, batch: Batch) -> _Classes | None:
+    """Labels, and the classes that were predicted; None if this is not a classification."""
     try:
         scores, labels = logits(outputs), targets(batch)
     except HapError:
@@ -70,7 +80,12 @@ def _hits(outputs: Any, batch: Batch) -> torch.Tensor | None:
         return None
     if labels.shape != scores.shape[:1] + scores.shape[2:]:
         return None
-    return torch.stack([(scores.argmax(1) == labels).sum(), (labels != IGNORED).sum()])
+    return labels, scores.argmax(1)
+
+
+def _hits(labels: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+    """The numbers of right and of all labels."""
+    return torch.stack([(predictions == labels).sum(), (labels != IGNORED).sum()])
 
 
 def _accuracy(hits: list[torch.Tensor | None]) -> float | None:
@@ -79,3 +94,19 @@ def _accuracy(hits: list[torch.Tensor | None]) -> float | None:
         return None
     right, counted = torch.stack(known).sum(0).tolist()
     return right / counted if counted else None
+
+
+def _metrics(metrics: Mapping[str, Metric], found: list[_Classes | None]) -> dict[str, float]:
+    known = [pair for pair in found if pair is not None]
+    if len(known) < len(found):
+        raise HapError(
+            f"there is no {next(iter(metrics))} where targets are not classes",
+            expected="logits (N, classes, ...) and int64 labels (N, ...)",
+            got="outputs or targets of another kind",
+            remedy="leave metrics out",
+        )
+    if not known:
+        return {}
+    labels, predictions = (torch.cat([part.flatten() for part in parts]).cpu() for parts in zip(*known, strict=True))
+    counted = labels != IGNORED
+    return {name: float(metric(labels[counted], predictions[counted])) for name, metric in metrics.items()}

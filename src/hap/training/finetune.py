@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from torch import nn
 from hap.batches import Batch, Loss, default_loss, evaluating
 from hap.errors import HapError
 from hap.training.checks import check_names, check_numbers, check_reads, check_trainable
+from hap.training.devices import Accelerated, Alone
 from hap.training.evaluate import evaluate
 from hap.training.history import EpochRecord, History
-from hap.training.loop import LEARNING_RATES, Loop, Optimizer, make_optimizer
-from hap.training.meter import length
+from hap.training.loop import LEARNING_RATES, Loop, Optimizer, make_optimizer, rounds
 from hap.training.schedule import Schedule, factor
 from hap.training.weights import Average, Snapshot, trainable
 from hap.types import Evaluation, Progress, silent
@@ -44,6 +44,7 @@ def finetune(
     clip: float | None = None,
     seed: int = 0,
     select: Select = "best",
+    accelerator: Any = None,
     progress: Progress = silent,
 ) -> History:
     """Trains the model in place, and leaves the chosen weights in it.
@@ -72,6 +73,9 @@ def finetune(
         clip: largest norm of the whole gradient; None does not clip.
         seed: for all random numbers.
         select: ``best`` by validation accuracy, by lower loss where equal or no accuracy; or ``last``.
+        accelerator: an `accelerate.Accelerator`, to train on several devices (``accelerate launch``) or in mixed
+            precision; the model is moved to its device. Every process calls this with the same arguments; each step
+            takes a batch for each process, and all end with the same weights.
         progress: shows how far it is.
 
     Raises:
@@ -89,17 +93,20 @@ def finetune(
     check_reads("validation", validation, epochs + 1)
     check_trainable(model)
 
-    steps = length(train_batches)
+    devices = Alone() if accelerator is None else Accelerated(accelerator)
+    steps = rounds(train_batches, devices)
     ticks = max(1, epochs * (1 if steps is None else steps))
     optimizing = make_optimizer(optimizer, model, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    trained, stepped = devices.prepare(model, optimizing)
     loop = Loop(
-        model=model,
+        model=trained,
         batches=train_batches,
         loss=loss or default_loss,
-        optimizer=optimizing,
+        optimizer=stepped,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizing, lambda tick: factor(tick, ticks, schedule, warmup)),
         average=Average(model, ema) if ema is not None else None,
         clip=clip,
+        devices=devices,
         progress=progress,
     )
 
@@ -110,8 +117,11 @@ def finetune(
             return evaluate(model, validation, loss, progress=progress)
 
     # `evaluating` puts each module back into its own mode at the end.
-    with seeded(seed, model), evaluating(model):
-        return _run(model, loop, epochs, validate, select)
+    try:
+        with seeded(seed, model), evaluating(model):
+            return _run(model, loop, epochs, validate, select)
+    finally:
+        devices.restore(model)
 
 
 def _run(
@@ -124,14 +134,15 @@ def _run(
         for epoch in range(1, epochs + 1):
             lr, began = loop.lr, time.perf_counter()
             meter = loop.run(f"epoch {epoch}/{epochs}")
-            train_loss = meter.mean()  # waits for the device, so the time below is the true one
+            train_loss, samples = loop.devices.mean(meter)  # waits for the device, so the time below is the true one
             seconds = time.perf_counter() - began
             with loop.average.applied() if loop.average is not None else contextlib.nullcontext():
+                loop.devices.align(model)
                 _check_weights(model, epoch, lr)
                 result = validate()
-                if select == "last" or _better(result, best):
+                if loop.devices.agree(select == "last" or _better(result, best)):
                     kept, chosen, best = Snapshot(model), epoch, result
-            records.append(EpochRecord(epoch, train_loss, lr, seconds, meter.samples, result))
+            records.append(EpochRecord(epoch, train_loss, lr, seconds, samples, result))
             logger.info("%s", records[-1])
     finally:
         kept.restore()

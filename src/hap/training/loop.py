@@ -11,6 +11,7 @@ from torch import nn
 
 from hap.batches import Batch, Loss, device_of, forward, size, take
 from hap.errors import HapError
+from hap.training.devices import Alone
 from hap.training.meter import Meter, length
 from hap.training.weights import Average, trainable
 from hap.types import Progress
@@ -34,6 +35,12 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
 
 
+def rounds(batches: Iterable[Batch], devices: Alone) -> int | None:
+    """The number of steps in an epoch, in each of which every process takes a batch; None if it is not known."""
+    count = length(batches)
+    return None if count is None else -(-count // devices.world)
+
+
 @dataclass(frozen=True)
 class Loop:
     """What every epoch of a run uses.
@@ -48,6 +55,7 @@ class Loop:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     average: Average | None
     clip: float | None
+    devices: Alone
     progress: Progress
 
     @property
@@ -56,16 +64,17 @@ class Loop:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def run(self, epoch: str) -> Meter:
-        """Trains for one epoch; returns its losses.
+        """Trains for one epoch; returns this process's losses.
 
         Raises:
             HapError: there is no data, the model cannot read it, or a loss is no finite scalar with a gradient.
         """
-        steps = length(self.batches)
+        steps = rounds(self.batches, self.devices)
         meter = Meter(f"{epoch} with lr={self.lr:g}")
         parameters = trainable(self.model)
         self.model.train()
-        for batch in self.progress(take(self.batches, None, device_of(self.model)), epoch, steps):
+        share = take(self.devices.share(self.batches), None, device_of(self.model))
+        for batch in self.progress(share, epoch, steps):
             value = self.loss(forward(self.model, batch), batch)
             meter.add(value, size(batch))
             self._step(value, parameters)
@@ -84,9 +93,9 @@ class Loop:
                 remedy="do not detach outputs in the loss, and do not fine-tune under torch.no_grad()",
             )
         self.optimizer.zero_grad()
-        value.backward()
+        self.devices.backward(value)
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+            self.devices.clip(parameters, self.clip)
         self.optimizer.step()
         if self.average is not None:
             self.average.update()

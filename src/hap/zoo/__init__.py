@@ -7,7 +7,21 @@
 """
 
 from hap.zoo.data import DATASETS, Dataset, load_data
+from hap.zoo.glue import TASKS, Task, load_texts, task_of
 from hap.zoo.models import MODELS, Model, build
 from hap.zoo.splits import DataSplits, Split
 
-__all__ = ["DATASETS", "MODELS", "DataSplits", "Dataset", "Model", "Split", "build", "load_data"]
+__all__ = [
+    "DATASETS",
+    "MODELS",
+    "TASKS",
+    "DataSplits",
+    "Dataset",
+    "Model",
+    "Split",
+    "Task",
+    "build",
+    "load_data",
+    "load_texts",
+    "task_of",
+]

@@ -8,7 +8,7 @@ from typing import Any
 from hap.errors import HapError
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str = "vision") -> Any:
     """The module of that name.
 
     Raises:
@@ -19,7 +19,7 @@ def require(module: str) -> Any:
     except ImportError as error:
         raise HapError(
             f"this data set needs the package {module.partition('.')[0]!r}",
-            expected="an installation with the extra 'vision'",
+            expected=f"an installation with the extra {extra!r}",
             got=str(error),
-            remedy="pip install 'torch-hap[vision]'",
+            remedy=f"pip install 'torch-hap[{extra}]'",
         ) from error

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from hap.batches import Batch
 from hap.errors import HapError
+from hap.types import Metric
 
 ImageBatch = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,14 +39,14 @@ class Options:
 
 
 class Split(ABC):
-    """Batches ``(images, labels)``: float32 (N, C, H, W), normalised, and int64 (N,).
+    """Batches: ``(images, labels)``, float32 (N, C, H, W), normalised, and int64 (N,); or dicts of texts' tokens.
 
     Iterating again gives the same batches; of a shuffled split it gives the next epoch. ``epoch(e)`` gives epoch
     `e`, the same at every call and in every process. ``len()`` is the number of batches.
 
     Attributes:
-        indices: positions of this split's images in their source, in unshuffled order.
-        batch_size: images in a batch; the last may be smaller.
+        indices: positions of this split's examples in their source, in unshuffled order.
+        batch_size: examples in a batch; the last may be smaller.
     """
 
     def __init__(self, indices: torch.Tensor, *, batch_size: int, seed: int, shuffle: bool = False) -> None:
@@ -56,25 +58,25 @@ class Split(ABC):
 
     @property
     def samples(self) -> int:
-        """The number of images."""
+        """The number of examples."""
         return len(self.indices)
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         self._epochs += 1
         return self.epoch(self._epochs - 1)
 
-    def epoch(self, number: int) -> Iterator[ImageBatch]:
+    def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of epoch `number`, counted from 0."""
         generator = stream(self._seed, f"epoch {number}")
         order = torch.randperm(self.samples, generator=generator) if self._shuffle else torch.arange(self.samples)
         return self._batches(self.indices[order], generator)
 
     @abstractmethod
-    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[ImageBatch]:
-        """Batches of the images at `order`; every random choice comes from `generator`."""
+    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[Batch]:
+        """Batches of the examples at `order`; every random choice comes from `generator`."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,22 @@ class DataSplits:
     Attributes:
         name: for tables and titles.
         classes: names of the classes, by label.
-        input_shape: channels, height, width.
+        input_shape: channels, height, width; of texts, the most tokens.
         train: augmented, another order each epoch.
-        calibration: the images of `train`, not augmented, in one fixed random order; what `hap.measure` reads.
+        calibration: the examples of `train`, not augmented, in one fixed random order; what `hap.measure` reads.
         validation: cut from the training set, for choices.
         test: for the reported number only.
+        metrics: what is reported beside loss and accuracy, for `hap.evaluate`.
     """
 
     name: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     train: Split
     calibration: Split
     validation: Split
     test: Split
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""`hap.prune` and the whole experiment, on digits."""
+"""`hap.prune`, on digits."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,6 @@ from torch import nn
 
 import hap
 from hap import zoo
-from hap.pipeline import Training, run
-
-
-@pytest.fixture(scope="module")
-def data() -> zoo.DataSplits:
-    return zoo.load_data("digits", batch_size=64)
-
-
-@pytest.fixture(scope="module")
-def model(data: zoo.DataSplits) -> nn.Module:
-    trained = zoo.build("digits-cnn")
-    hap.finetune(trained, data.train, epochs=4, lr=0.05)
-    return trained
 
 
 @pytest.mark.parametrize("budget", [hap.Budget(params=0.5), hap.Budget(macs=0.5), hap.Budget(params=0.6, macs=0.5)])
@@ -79,58 +65,9 @@ def test_bad_data_is_refused(model: nn.Module, batches: list[Any], message: str)
 def test_a_wrong_result_is_refused(model: nn.Module, data: zoo.DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
     """`prune` returns nothing that it could not verify."""
     failed = hap.Verification(ok=False, max_relative_error=0.1, params=1, promised_params=1)
-    monkeypatch.setattr("hap.pipeline.verify", lambda *_: failed)
+    monkeypatch.setattr("hap.pipeline.stages.verify", lambda *_: failed)
     with pytest.raises(hap.HapError, match="does not compute what the plan promised"):
         hap.prune(model, data.calibration, None, hap.Budget(params=0.5), samples=64)
-
-
-def test_run_writes_a_directory_that_loads(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = run(model, data, hap.Budget(params=0.5), out, training=Training(epochs=1), samples=128)
-    names = {"README.md", "model.safetensors", "plan.json", "report.json", "sensitivity.png", "widths.png"}
-    assert {path.name for path in out.iterdir()} == names
-    loaded, plan = hap.load(out, model)
-    assert plan == done.result.plan
-    accuracy = hap.evaluate(loaded, data.test).accuracy
-    report = json.loads((out / "report.json").read_text())
-    assert report["comparison"]["accuracy"]["small"] == accuracy
-    assert report["comparison"]["params"]["small"] == sum(p.numel() for p in loaded.parameters())
-    assert report["comparison"]["bytes"]["small"] == (out / "model.safetensors").stat().st_size
-    card = (out / "README.md").read_text()
-    assert f"{plan.small.params:,}" in card and f"{100 * accuracy:.2f} %" in card
-
-
-@pytest.mark.parametrize("recover", ["refit", "none"])
-def test_run_recovers_as_told(model: nn.Module, data: zoo.DataSplits, tmp_path: Path, recover: Any) -> None:
-    """The closed form brings back most of what the cut lost; without anything it stays lost."""
-    no_training = Training(epochs=0)
-    done = run(model, data, hap.Budget(params=0.4), tmp_path / "run", recover=recover, training=no_training)
-    assert done.as_cut.accuracy is not None
-    assert done.as_cut.accuracy > 0.85 if recover == "refit" else done.as_cut.accuracy < 0.75
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["options"]["recover"] == recover
-
-
-def test_run_refuses_an_existing_directory_before_any_work(
-    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "precious.txt").write_text("mine")
-    monkeypatch.setattr("hap.pipeline.prune", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(hap.HapError, match="exists already"):
-        run(model, data, hap.Budget(params=0.5), tmp_path)
-
-
-def test_an_interrupt_leaves_nothing(
-    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C while the last file is written: no run directory, no temporary one."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hap.pipeline.width_plot", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, data, hap.Budget(params=0.5), tmp_path / "run", training=Training(epochs=0), samples=64)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_auto_measures_until_settled_at_the_budget(
@@ -142,8 +79,47 @@ def test_auto_measures_until_settled_at_the_budget(
         asked.update(options)
         return hap.measure(*args, **{**options, "risk": 0.5})
 
-    monkeypatch.setattr("hap.pipeline.measure", noting)
+    monkeypatch.setattr("hap.pipeline.stages.measure", noting)
     result = hap.prune(model, data.calibration, None, hap.Budget(params=0.7, macs=0.6), samples="auto")
     assert (asked["samples"], asked["keep"], asked["cap"]) == ("auto", 0.6, 8192)
     assert result.sensitivity.samples == 128
     assert result.verification.ok
+
+
+def test_optimal_measures_pairs_and_implants(model: nn.Module, data: zoo.DataSplits) -> None:
+    result = hap.prune(model, data.calibration, None, hap.Budget(params=0.5), mode="optimal", samples=128)
+    assert result.sensitivity.gram is not None and result.plan.options["joint"]
+    assert result.plan.predicted is not None and result.plan.implants
+    alone = hap.prune(
+        model, data.calibration, None, hap.Budget(params=0.5), mode="optimal", samples=128, implant_ratio=0, joint=False
+    )
+    assert alone.sensitivity.gram is None and not alone.plan.implants
+    for found in (result, alone):
+        assert found.verification.ok and 0.98 <= found.plan.small.params / found.plan.dense.params / 0.5 <= 1
+
+
+def test_other_criteria_choose_one_by_one(model: nn.Module, data: zoo.DataSplits) -> None:
+    budget = hap.Budget(params=0.5)
+    result = hap.prune(model, data.calibration, None, budget, mode="optimal", criterion="magnitude", implant_ratio=0)
+    assert not result.plan.options["joint"]
+    with pytest.raises(hap.HapError, match="knows nothing of pairs"):
+        hap.prune(model, data.calibration, None, budget, mode="optimal", criterion="magnitude", joint=True)
+
+
+def test_a_latency_budget(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    """The layers are timed here, and the times kept."""
+    cache = tmp_path / "latency.json"
+    budget = hap.Budget(latency=0.8)
+    result = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
+    assert cache.exists() and result.verification.ok
+    assert 0 < result.plan.small.latency <= 0.8 * result.plan.dense.latency
+    again = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
+    assert again.plan == result.plan
+    with pytest.raises(hap.HapError, match="latency_batch is out of range"):
+        hap.prune(model, data.calibration, None, budget, latency_batch=0)
+
+
+def test_a_budget_can_be_of_another_model(model: nn.Module, data: zoo.DataSplits) -> None:
+    first = hap.prune(model, data.calibration, None, hap.Budget(params=0.7), samples=64, implant_ratio=0)
+    second = hap.prune(first.model, data.calibration, None, hap.Budget(params=0.5), samples=64, of=first.plan.dense)
+    assert 0.495 <= second.plan.small.params / first.plan.dense.params <= 0.5

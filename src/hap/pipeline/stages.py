@@ -1,0 +1,170 @@
+"""`prune`: the stages, one after the other, on a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from hap.batches import Batch, Loss, arguments, device_of, resized, take
+from hap.curvature import CRITERIA, Criterion, measure
+from hap.errors import HapError
+from hap.implants import options
+from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, time_layers
+from hap.structure import trace
+from hap.surgery import apply, verify
+from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verification, silent
+
+T = TypeVar("T")
+PAIRS = 8192  # units of which the matrix of all pairs, 8 bytes each, is measured unasked: half a gigabyte
+CAP = 8192  # calibration examples, at most, where their number is not given
+FIT = 512  # of these, the examples that implants are fitted on
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `prune` made, with everything that led to it."""
+
+    model: nn.Module
+    structure: Structure
+    sensitivity: Sensitivity
+    plan: Plan
+    verification: Verification
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss | None,
+    budget: Budget,
+    *,
+    criterion: str | Criterion = "gate-fisher",
+    implant_ratio: float = 0.1,
+    samples: int | Literal["auto"] = 512,
+    draws: int | None = None,
+    seed: int = 0,
+    mode: Mode = "paper",
+    joint: Joint = "auto",
+    floor: int = 1,
+    minimum: Widths | None = None,
+    maximum: Widths | None = None,
+    round_to: int = 1,
+    protect: Iterable[str] = (),
+    units: Iterable[str] | None = None,
+    inexact: bool = False,
+    ignore: Iterable[str] = (),
+    latency_batch: int = 1,
+    latency_cache: str | Path | None = None,
+    of: Cost | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Traces, measures, decides, applies and verifies; the model itself is left as it is.
+
+    Args:
+        model: the trained model.
+        batches: calibration data, from the training set; read once, up to `samples` examples, 8192 for "auto".
+        loss: ``loss(outputs, batch)``; None for cross-entropy of the logits or the model's own loss.
+        budget: what may remain.
+        criterion, draws: see `hap.measure`.
+        mode, implant_ratio, floor, minimum, maximum, round_to, protect, units, inexact: see `hap.decide`. In mode
+            ``optimal`` implants of every form are measured on the data, unless `implant_ratio` is 0.
+        joint: see `hap.decide`; "auto" measures the Gram matrix in mode ``optimal`` where the criterion has one and
+            the units are no more than 8192.
+        samples: calibration examples, for measuring and for fitting the implants. "auto" measures until the ranking
+            is settled where the budget's fraction of the units stays (see `hap.measure`), and fits on 512.
+        seed: of everything drawn at random.
+        ignore: see `hap.trace`.
+        latency_batch: a budget of latency counts the time of so many examples.
+        latency_cache: a file that keeps the layers' times for the next run; see `hap.planning.time_layers`.
+        of: what the budget is a fraction of, where that is not `model` itself: a model that this one was made from.
+        progress: shows how far the stages are.
+
+    Raises:
+        HapError: as the stages do; or the pruned model does not compute what the plan promised.
+    """
+    data = list(take(batches, CAP if isinstance(samples, str) else samples, device_of(model)))
+    fit = FIT if isinstance(samples, str) else samples
+    args, kwargs = arguments(data[0])
+    structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
+    table = None
+    if budget.latency is not None:
+        inputs = arguments(resized(data[0], _at_least_one(latency_batch)))
+        table = time_layers(model, structure, *inputs, cache=latency_cache, progress=progress)
+    if of is not None:
+        budget = _rescaled(budget, of, CostModel(structure, table).dense)
+    sensitivity = measure(
+        model,
+        data,
+        loss,
+        structure,
+        criterion=criterion,
+        samples=samples,
+        keep=min(budget.limits.values()) if samples == "auto" else None,  # near enough to the fraction of units
+        cap=CAP,
+        draws=draws,
+        seed=seed,
+        gram=mode == "optimal" and (_has_gram(criterion, structure) if joint == "auto" else joint),
+        progress=progress,
+    )
+    choices = None
+    if mode == "optimal" and implant_ratio:
+        choices = options(model, structure, data, samples=fit, progress=progress)
+    plan = decide(
+        structure,
+        sensitivity,
+        budget,
+        mode=mode,
+        implant_ratio=implant_ratio,
+        options=choices,
+        joint=joint,
+        floor=floor,
+        minimum=minimum,
+        maximum=maximum,
+        round_to=round_to,
+        protect=protect,
+        units=units,
+        inexact=inexact,
+        latency=table,
+    )
+    plan = dataclasses.replace(plan, options={**plan.options, "seed": seed})
+    small = apply(model, plan, data, samples=fit, progress=progress)
+    verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
+    if not verification.ok:
+        raise HapError(
+            "the pruned model does not compute what the plan promised",
+            expected=f"a relative error of at most 1e-9 and {verification.promised_params:,} parameters",
+            got=f"{verification.max_relative_error:.1e} and {verification.params:,}",
+            remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
+        )
+    return Result(small, structure, sensitivity, plan, verification)
+
+
+def _has_gram(criterion: str | Criterion, structure: Structure) -> bool:
+    """Whether the criterion knows of pairs of units, and the matrix of all pairs is small enough."""
+    known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
+    return known is not None and known.has_gram and sum(family.size for family in structure.families) <= PAIRS
+
+
+def _at_least_one(count: int) -> int:
+    if count < 1:
+        raise HapError("latency_batch is out of range", expected="an integer of at least 1", got=repr(count))
+    return count
+
+
+def _rescaled(budget: Budget, of: Cost, now: Cost) -> Budget:
+    """The budget as fractions of a model that is smaller than the one it was written for."""
+    ratios = {"params": of.params / now.params, "macs": of.macs / max(1, now.macs)}
+    if now.heads:
+        ratios["heads"] = of.heads / now.heads
+    if of.latency is not None and now.latency is not None:
+        ratios["latency"] = of.latency / now.latency
+    return Budget(**{name: min(1.0, limit * ratios[name]) for name, limit in budget.limits.items()})
+
+
+def step(progress: Progress, description: str, work: Callable[[], T]) -> T:
+    """Shows a stage that has no parts to count."""
+    return [work() for _ in progress([None], description, 1)][0]

@@ -1,0 +1,76 @@
+"""Measured times that are kept between runs, in a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from hap.errors import HapError
+
+
+class LatencyCache:
+    """Milliseconds by key, for one device; other devices' times in the same file stay.
+
+    Args:
+        path: the JSON file; None to keep times in memory only.
+        device: where the model runs.
+
+    Attributes:
+        device: its name, with the number of threads and the version of PyTorch: what else a time depends on.
+
+    Raises:
+        HapError: the file is not such a cache.
+    """
+
+    def __init__(self, path: str | Path | None, device: torch.device) -> None:
+        self.path = None if path is None else Path(path)
+        self.device = describe(device)
+        self._all: dict[str, dict[str, float]] = _read(self.path) if self.path is not None else {}
+        self._times = self._all.setdefault(self.device, {})
+        self._new = False
+
+    def get(self, key: str) -> float | None:
+        """The time kept under this key."""
+        return self._times.get(key)
+
+    def put(self, key: str, milliseconds: float) -> None:
+        """Keeps a time."""
+        self._times[key] = milliseconds
+        self._new = True
+
+    def write(self) -> None:
+        """Writes the file, whole or not at all, if there is something new."""
+        if self.path is None or not self._new:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        part.write_text(json.dumps(self._all, indent=0, sort_keys=True), encoding="utf-8")
+        part.replace(self.path)
+
+
+def describe(device: torch.device) -> str:
+    """The device's name, with the number of threads on a CPU, and the version of PyTorch."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {device: {key: float(ms) for key, ms in times.items()} for device, times in data.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise HapError(
+            f"{path} holds no measured times",
+            expected="the JSON file that an earlier run wrote",
+            got=f"{type(error).__name__}: {error}",
+            remedy="name another file, or delete this one to measure anew",
+        ) from error

@@ -1,0 +1,206 @@
+"""The choices of mode ``optimal`` as arrays: units that may leave, blocks of filters that may be implanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hap.errors import HapError, unknown
+from hap.implants import Option, form_of
+from hap.planning.candidates import block, checked
+from hap.planning.constraints import Constraints
+from hap.types import Family, Layer, Sensitivity, Structure
+
+
+@dataclass(frozen=True, eq=False)
+class Implantable:
+    """A layer whose filters may be implanted, block by block, all in one form.
+
+    Attributes:
+        layer: the layer.
+        block: filters in a block: one, or those of a convolution group.
+        owner: for each block, the unit that it computes, -1 where none may leave.
+        options: the forms to choose from.
+        rise: the predicted rise of the loss by each option and block, shape ``(options, blocks)``.
+    """
+
+    layer: Layer
+    block: int
+    owner: np.ndarray
+    options: tuple[Option, ...]
+    rise: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All choices, and what each is predicted to cost in loss.
+
+    Attributes:
+        families: all of the structure's, in its order; units are counted through, one family after the other.
+        start: the first unit of each family, and the number of units.
+        score: the predicted rise of the loss when one unit leaves alone, never below zero.
+        gram: see `Sensitivity`; None to take units as independent.
+        least, most: how many units of each family leave.
+        round_to: kept units are a multiple of this, or all.
+        layers: what may be implanted.
+    """
+
+    families: tuple[Family, ...]
+    start: np.ndarray
+    score: np.ndarray
+    gram: np.ndarray | None
+    least: np.ndarray
+    most: np.ndarray
+    round_to: int
+    layers: tuple[Implantable, ...]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Units of each family."""
+        return np.diff(self.start)
+
+    def spans(self) -> Iterator[slice]:
+        """The units of each family."""
+        return (slice(a, b) for a, b in zip(self.start[:-1].tolist(), self.start[1:].tolist(), strict=True))
+
+    def fewer(self, family: int, gone: int) -> int:
+        """How many units leave of a family that is one step narrower, `gone` if it is as narrow as can be."""
+        size = int(self.start[family + 1] - self.start[family])
+        narrower = size - (size - gone - 1) // self.round_to * self.round_to
+        return narrower if narrower <= self.most[family] else gone
+
+    def more(self, family: int, gone: int) -> int:
+        """How many units leave of a family that is one step wider, `gone` if it is as wide as can be."""
+        wider = max(0, gone - self.round_to)
+        return wider if wider >= self.least[family] else gone
+
+    def allowed(self, family: int) -> np.ndarray:
+        """All numbers of units that may leave, ascending."""
+        size = int(self.start[family + 1] - self.start[family])
+        gone = np.arange(self.least[family], self.most[family] + 1)
+        found: np.ndarray = gone[((size - gone) % self.round_to == 0) | (gone == 0)]
+        return found
+
+
+def problem(
+    structure: Structure,
+    sensitivity: Sensitivity,
+    bounds: Constraints,
+    options: Mapping[str, Sequence[Option]],
+    *,
+    pairs: float,
+) -> Problem:
+    """Builds the arrays.
+
+    An estimate below zero counts as zero: that a removal should help is within the error of a measurement. Of the
+    second derivatives between different units the share `pairs` counts; 0 takes units as independent.
+
+    Raises:
+        HapError: the sensitivity or the options are not those of this structure.
+    """
+    families = structure.families
+    scores = [
+        np.zeros(f.size) if f.name in sensitivity.skipped else checked(sensitivity, sensitivity.scores, f.name, f.size)
+        for f in families
+    ]
+    start = np.cumsum([0, *(f.size for f in families)])
+    score, gram = np.concatenate([np.zeros(0), *scores]), None
+    if pairs:
+        gram = _gram(sensitivity, len(score), pairs)
+        score = gram.diagonal() / 2
+    rooms = [bounds.rooms[f.name] for f in families]
+    return Problem(
+        families,
+        start,
+        np.maximum(score, 0.0),
+        gram,
+        np.array([room.least for room in rooms], dtype=np.int64),
+        np.array([room.most for room in rooms], dtype=np.int64),
+        bounds.round_to,
+        tuple(_implantables(structure, sensitivity, bounds, options, start)),
+    )
+
+
+def _gram(sensitivity: Sensitivity, units: int, pairs: float) -> np.ndarray:
+    if sensitivity.gram is None or tuple(sensitivity.gram.shape) != (units, units):
+        shape = None if sensitivity.gram is None else tuple(sensitivity.gram.shape)
+        raise HapError(
+            "a joint choice needs the second derivatives between all units",
+            expected=f"a sensitivity with a gram of shape ({units}, {units})",
+            got="none" if shape is None else f"shape {shape}",
+            remedy="hap.measure(..., gram=True) with gate-fisher or gate-ggn, or joint=False",
+        )
+    gram: np.ndarray = sensitivity.gram.detach().double().cpu().numpy()
+    if not np.isfinite(gram).all():
+        raise HapError(
+            f"{sensitivity.criterion} gave second derivatives that are not finite",
+            expected="finite numbers",
+            remedy="check the calibration data and the model's weights",
+        )
+    return gram if pairs == 1 else pairs * gram + (1 - pairs) * np.diag(gram.diagonal())
+
+
+def _implantables(
+    structure: Structure,
+    sensitivity: Sensitivity,
+    bounds: Constraints,
+    options: Mapping[str, Sequence[Option]],
+    start: np.ndarray,
+) -> Iterator[Implantable]:
+    layers = {layer.module: layer for layer in structure.layers}
+    for module, found in options.items():
+        if module not in layers:
+            raise unknown("layer with implant options", module, layers)
+        layer = layers[module]
+        usable = tuple(option for option in found if form_of(option.form).applies(layer))
+        if not usable or module not in sensitivity.filters or module in bounds.protected:
+            continue
+        size = block(layer)
+        filters = np.maximum(checked(sensitivity, sensitivity.filters, module, layer.filters), 0.0)
+        rise = np.stack([filters * _undone(option, layer) for option in usable])
+        owner = _owners(structure, layer, start)[::size]
+        yield Implantable(layer, size, owner, usable, rise.reshape(len(usable), -1, size).sum(2))
+
+
+def _undone(option: Option, layer: Layer) -> np.ndarray:
+    undone: np.ndarray = option.undone.detach().double().cpu().numpy()
+    if undone.shape != (layer.filters,) or not np.isfinite(undone).all():
+        raise HapError(
+            f"the implant options do not fit the structure at {layer.module!r}",
+            expected=f"finite shares of shape ({layer.filters},)",
+            got=f"shape {undone.shape} for {option.form}",
+            remedy="measure them again for this model",
+        )
+    return undone
+
+
+def _owners(structure: Structure, layer: Layer, start: np.ndarray) -> np.ndarray:
+    """For each filter, the unit whose leaving takes it along; -1 for a filter that always stays."""
+    owner = np.full(layer.filters, -1, dtype=np.int64)
+    for family, first in zip(structure.families, start.tolist(), strict=False):
+        for member in family.members:
+            if (member.parameter, member.axis) == (layer.weight, layer.output_axis):
+                for unit, rows in enumerate(member.indices):
+                    owner[list(rows)] = first + unit
+    return owner
+
+
+def weights_of(option: Option, layer: Layer, rows: int, columns: int) -> tuple[float, float]:
+    """What implants of `rows` filters cost in weights: for the first one more than for others, and for each.
+
+    All known forms cost a constant and so much for each filter.
+    """
+    form = form_of(option.form)
+    if rows < 2:
+        return 0.0, float(form.weights(layer, max(rows, 1), columns, option.rank))
+    one, all_rows = (form.weights(layer, n, columns, option.rank) for n in (1, rows))
+    slope = (all_rows - one) / (rows - 1)
+    return one - slope, slope
+
+
+def dense_weights(layer: Layer, columns: int) -> int:
+    """Weights of one full filter."""
+    return columns * math.prod(layer.kernel)

@@ -1,0 +1,126 @@
+"""Models of texts from end to end: fine-tuned, pruned, opened alone, trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hap
+from hap.cli import app
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("pyarrow")
+QUICK = ["--batch-size", "16", "--max-length", "24", "--device", "cpu"]
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output + str(result.exception or "")
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_bert: Path, glue_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `hap finetune` has written."""
+    out = tmp_path_factory.mktemp("finetune") / "dense"
+    data = ("--task", "glue/mrpc", "--data", glue_dir)
+    text = run("finetune", "--model", f"hf:{tiny_bert}", *data, "--out", out, "--epochs", 2, "--lr", 0.01, *QUICK)
+    assert "accuracy" in text and "f1" in text
+    return out
+
+
+def test_finetune_writes_what_transformers_opens(dense: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(dense)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(dense)
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+    classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    assert classify("a good film")[0]["label"] in model.config.label2id
+    record = json.loads((dense / "finetune.json").read_text())
+    assert record["test"]["samples"] == 24 and "f1" in record["test"]["metrics"]
+    assert len(record["history"]["epochs"]) == 2
+
+
+def test_prune_heads_then_train_on(dense: Path, glue_dir: Path, tmp_path: Path) -> None:
+    data = ("--task", "glue/mrpc", "--data", glue_dir)
+    out = tmp_path / "small"
+    common = ("--units", "heads", "--keep-heads", 0.5, "--implant-ratio", 0, "--samples", 16, *QUICK)
+    text = run("prune", "--model", f"hf:{dense}", *data, *common, "--out", out)
+    assert "F1" in text and "accuracy" in text
+    small, plan = hap.load(out)
+    families = {f.name: f.kind for f in plan.structure.families}
+    assert sum(len(d.keep) for name, d in plan.decisions.items() if families[name] == "head") == 4
+    assert not any(d.prune for name, d in plan.decisions.items() if families[name] != "head")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    classify = transformers.pipeline("text-classification", model=small, tokenizer=tokenizer)
+    assert classify("a good film")[0]["label"] in ("equivalent", "not_equivalent")
+    report = json.loads((out / "report.json").read_text())
+    assert report["options"]["task"] == "glue/mrpc" and "f1" in report["comparison"]
+    assert report["options"]["training"]["optimizer"] == "adamw"
+
+    run("finetune", "--model", f"hap:{out}", *data, "--out", tmp_path / "tuned", "--epochs", 1, *QUICK)
+    tuned, again = hap.load(tmp_path / "tuned")
+    assert again == plan
+    assert not torch.equal(tuned.classifier.weight, small.classifier.weight)
+
+
+def test_prune_heads_and_neurons(dense: Path, glue_dir: Path, tmp_path: Path) -> None:
+    budget = ("--units", "heads,neurons", "--keep-params", 0.9, "--keep-heads", 0.75, "--mode", "optimal")
+    quick = ("--implant-ratio", 0, "--epochs", 0, "--samples", 16, *QUICK)
+    run(
+        "prune",
+        "--model",
+        f"hf:{dense}",
+        "--task",
+        "glue/mrpc",
+        "--data",
+        glue_dir,
+        *budget,
+        *quick,
+        "--out",
+        tmp_path / "x",
+    )
+    _, plan = hap.load(tmp_path / "x")
+    assert plan.small.heads <= 0.75 * plan.dense.heads and plan.small.params <= 0.9 * plan.dense.params
+
+
+@pytest.mark.parametrize("device", ["mixed precision", "gradient checkpointing"])
+def test_finetune_in_other_ways(device: str, tiny_bert: Path, glue_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    option = ("--precision", "bf16") if device == "mixed precision" else ("--gradient-checkpointing",)
+    data = ("--task", "glue/sst2", "--data", glue_dir, "--limit", 16)
+    run("finetune", "--model", f"hf:{tiny_bert}", *data, "--out", tmp_path / "x", "--epochs", 1, *option, *QUICK)
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "x").dtype == torch.float32
+
+
+def test_models_of_images_are_trained_too(tmp_path: Path) -> None:
+    out = tmp_path / "digits"
+    model = ("--model", "zoo:digits-cnn", "--data", "digits", "--device", "cpu")
+    run("finetune", *model, "--out", out, "--epochs", 1, "--lr", 0.01, "--limit", 128)
+    again = run("finetune", *model, "--out", tmp_path / "again", "--weights", out / "model.safetensors", "--epochs", 0)
+    assert "accuracy" in again
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--task": "glue/mrcp"}, "did you mean 'glue/mrpc'"),
+        ({"--model": "zoo:resnet20"}, "this is no model of texts"),
+        ({"--model": "hf:/nowhere/at/all"}, "there is no model in /nowhere/at/all"),
+        ({"--data": "/nowhere"}, "there is no glue/mrpc in /nowhere"),
+        ({"--units": "haeds"}, "did you mean 'head'"),
+        ({"--units": "channels"}, "no units of kind 'channel'"),
+        ({"--keep-heads": "1.5"}, "budget heads is out of range"),
+        ({"--max-length": "65"}, "8 to 64 tokens"),
+        ({"--weights": "x.safetensors"}, "in the model's own directory"),
+    ],
+)
+def test_bad_input(change: dict[str, str], text: str, dense: Path, glue_dir: Path, tmp_path: Path) -> None:
+    options = {"--model": f"hf:{dense}", "--task": "glue/mrpc", "--data": str(glue_dir), "--keep-heads": "0.5"}
+    options |= {"--max-length": "24", "--out": str(tmp_path / "x"), "--device": "cpu", "--samples": "16", **change}
+    output = run("prune", *(word for pair in options.items() for word in pair), code=2)
+    assert text in " ".join(output.split())
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,55 @@
+"""Several rounds end as one plan for the dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hap
+from hap import zoo
+from hap.pipeline import Training, run
+from hap.pipeline.rounds import schedule
+
+
+def test_each_round_keeps_the_same_share() -> None:
+    budgets = schedule(hap.Budget(params=0.343, macs=0.5), 3)
+    assert [b.params for b in budgets] == pytest.approx([0.7, 0.49, 0.343])
+    assert budgets[-1].macs == pytest.approx(0.5) and budgets[0].latency is None
+
+
+@pytest.mark.parametrize("mode", ["paper", "optimal"])
+def test_one_plan_for_the_dense_model(model: nn.Module, data: zoo.DataSplits, tmp_path: Path, mode: str) -> None:
+    out, budget = tmp_path / "run", hap.Budget(params=0.4)
+    options = {"implant_ratio": 0.3, "minimum": {"*": 0.25}, "samples": 128}
+    done = run(model, data, budget, out, iterations=3, training=Training(epochs=1), mode=mode, **options)
+    plan = done.result.plan
+    assert plan.budget == budget and plan.structure == done.result.structure
+    assert 0.398 <= plan.small.params / plan.dense.params <= 0.4
+    assert all(len(d.keep) >= 0.25 * (len(d.keep) + len(d.prune)) for d in plan.decisions.values())
+    costs = [found.cost.params / plan.dense.params for found in done.rounds]
+    assert costs == pytest.approx([0.4 ** (n / 3) for n in (1, 2, 3)], rel=0.02)
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["rounds"]) == 3 and report["options"]["iterations"] == 3
+    small, again = hap.load(out, model)
+    assert again == plan
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(small.eval()(x), done.result.model.eval()(x))
+
+
+def test_implants_come_in_the_last_round(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    done = run(
+        model, data, hap.Budget(macs=0.5), tmp_path / "run", iterations=2, training=Training(epochs=0),
+        implant_ratio=0.5, samples=64,
+    )  # fmt: skip
+    assert done.result.plan.implants and done.result.plan.options["implant_ratio"] == 0.5
+
+
+def test_no_rounds_at_all_are_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    with pytest.raises(hap.HapError, match="iterations is out of range"):
+        run(model, data, hap.Budget(params=0.5), tmp_path / "run", iterations=0)
+    assert not list(tmp_path.iterdir())

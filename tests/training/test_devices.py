@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hap
+from hap.training.devices import Accelerated
+
+accelerate = pytest.importorskip("accelerate")
+SOURCE = Path(hap.__file__).parents[1]
+WORKER = Path(__file__).with_name("accelerate_worker.py")
+
+
+def load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("accelerate_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    return load_worker()
+
+
+@pytest.fixture
+def accelerator():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda **options: accelerate.Accelerator(cpu=True, **options)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_one_process_gives_the_same_bits(worker: ModuleType, accelerator) -> None:
+    plain, through = worker.build(), worker.build()
+    first = hap.finetune(plain, worker.data(5, 6), **worker.OPTIONS)
+    second = hap.finetune(through, worker.data(5, 6), accelerator=accelerator(), **worker.OPTIONS)
+    assert [r.train_loss for r in first.epochs] == pytest.approx([r.train_loss for r in second.epochs], rel=1e-12)
+    assert [r.samples for r in second.epochs] == [30, 30, 30]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, through.state_dict()[name]), name
+
+
+def test_mixed_precision_is_taken_off_again(worker: ModuleType, accelerator) -> None:
+    model = worker.build().float()
+    seen = []
+    model[3].register_forward_hook(lambda module, args, output: seen.append((module.training, output.dtype)))
+    batches = [(x.float(), y) for x, y in worker.data(3, 6)]
+    hap.finetune(model, batches, accelerator=accelerator(mixed_precision="bf16"), epochs=1)
+    assert set(seen) == {(True, torch.bfloat16)}
+    assert model(batches[0][0]).dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "forward" not in vars(model) or "_original_forward" not in vars(model)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 6])
+def test_shares_are_of_equal_length_and_hold_every_batch(count: int) -> None:
+    every = list(range(count))
+    shares = [list(Accelerated(SimpleNamespace(num_processes=3, process_index=rank)).share(every)) for rank in range(3)]
+    assert {len(share) for share in shares} == {-(-count // 3)}  # or the others would wait for the last
+    assert {batch for share in shares for batch in share} == set(every)
+    assert [share[0] for share in shares if share][:count] == every[:3]
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
+    # --multi_gpu is what starts several processes; the worker's Accelerator(cpu=True) puts them on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    run = subprocess.run(
+        [*launch, "--main_process_port", "0", str(WORKER), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert first["seen"].tolist() == [48] * 3  # seven batches of six, the first once more
+    worker = load_worker()
+    alone = worker.build()
+    history = hap.finetune(alone, worker.rounds(), **worker.OPTIONS)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+    assert first["losses"].tolist() == pytest.approx([record.train_loss for record in history.epochs], rel=1e-6)
