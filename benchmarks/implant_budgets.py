@@ -54,7 +54,7 @@ def ours(*, criterion: str = "gate-fisher", implants: bool, joint: bool = False,
     def find(task: Task) -> Plan:
         setting = task.setting
         samples = sum(len(labels) for _, labels in task.calibration)
-        draws = {"hessian-trace": 32}.get(criterion)
+        draws = {"hessian-trace": 8}.get(criterion)
         sensitivity = hap.measure(
             setting.model, task.calibration, None, setting.structure,
             criterion=criterion, samples=samples, draws=draws, seed=task.seed, gram=joint,
@@ -129,10 +129,6 @@ def _plan(structure: Structure, lost: dict[str, set[int]], budget: hap.Budget, n
 
 
 CONTENDERS: dict[str, Contender] = {
-    "paper (Hessian trace), no implants": ours(criterion="hessian-trace", implants=False, mode="paper"),
-    "paper (Hessian trace), implants": ours(criterion="hessian-trace", implants=True, mode="paper"),
-    "paper's rule by gate-fisher, no implants": ours(implants=False, mode="paper"),
-    "paper's rule by gate-fisher, implants": ours(implants=True, mode="paper"),
     "optimal, no implants": ours(implants=False),
     "optimal, implants": ours(implants=True),
     "optimal and joint, no implants": ours(implants=False, joint=True),
@@ -140,6 +136,10 @@ CONTENDERS: dict[str, Contender] = {
     "torch-pruning, group norm": peer("group norm"),
     "torch-pruning, L2": peer("L2"),
     "torch-pruning, Taylor": peer("Taylor"),
+    "paper's rule by gate-fisher, no implants": ours(implants=False, mode="paper"),
+    "paper's rule by gate-fisher, implants": ours(implants=True, mode="paper"),
+    "paper (Hessian trace), no implants": ours(criterion="hessian-trace", implants=False, mode="paper"),
+    "paper (Hessian trace), implants": ours(criterion="hessian-trace", implants=True, mode="paper"),
 }
 
 

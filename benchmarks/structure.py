@@ -171,9 +171,16 @@ def depth(results: Results = RESULTS, turns: Turns = 3) -> None:
 @app.command()
 def tables(results: Results = RESULTS, page: Path = ROOT / "docs/structure.md") -> None:
     """Fills the page's tables and draws its plot, from the raw results."""
-    rows, deep = read(results / "structure-peers.jsonl"), read(results / "structure-depth.jsonl")
-    page.write_text(filled(page.read_text(), {"peers": _peers(rows), "depth": _depth(deep)}))
-    _plot(deep, page.with_name("structure-depth.png"))
+    page.write_text(filled(page.read_text(), made(results)))
+    _plot(read(results / "structure-depth.jsonl"), page.with_name("structure-depth.png"))
+
+
+def made(results: Path) -> dict[str, str]:
+    """Every table of the page by its name."""
+    return {
+        "peers": _peers(read(results / "structure-peers.jsonl")),
+        "depth": _depth(read(results / "structure-depth.jsonl")),
+    }
 
 
 def _peers(rows: list[dict[str, Any]]) -> str:

@@ -87,10 +87,19 @@ def test_prune_heads_and_neurons(dense: Path, glue_dir: Path, tmp_path: Path) ->
     assert plan.small.heads <= 0.75 * plan.dense.heads and plan.small.params <= 0.9 * plan.dense.params
 
 
-@pytest.mark.parametrize("device", ["mixed precision", "gradient checkpointing"])
-def test_finetune_in_other_ways(device: str, tiny_bert: Path, glue_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    option = ("--precision", "bf16") if device == "mixed precision" else ("--gradient-checkpointing",)
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one state in a process, and other tests have other precisions."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("option", [("--precision", "bf16"), ("--gradient-checkpointing",)], ids=lambda words: words[0])
+def test_finetune_in_other_ways(
+    option: tuple[str, ...], fresh_accelerate, tiny_bert: Path, glue_dir: Path, tmp_path: Path
+) -> None:
     data = ("--task", "glue/sst2", "--data", glue_dir, "--limit", 16)
     run("finetune", "--model", f"hf:{tiny_bert}", *data, "--out", tmp_path / "x", "--epochs", 1, *option, *QUICK)
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "x").dtype == torch.float32

@@ -30,7 +30,8 @@ from hap.types import Structure
 log = logging.getLogger(__name__)
 
 SAMPLES = 5  # of the first batch; seldom a divisor of another axis
-CLOSE = 1e-4  # of the spread: kernels round differently for other orders
+CLOSE = 1e-4  # of the spread between rows: kernels round differently for other orders
+ROUNDING = 100  # units in the last place of a row's norm, below which rows are alike
 
 Key = tuple[str, str]  # a module, and "in" or "out"
 
@@ -137,8 +138,8 @@ def _rows(forwards: Sequence[torch.Tensor], backwards: Sequence[torch.Tensor], s
 
 
 def _close(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor) -> bool:
-    spread = scale.std(0, correction=0).clamp_min(1e-9 * scale.abs().mean(0).clamp_min(1e-30))
-    return bool(((first - second).abs() <= CLOSE * spread).all())
+    tolerance = CLOSE * scale[:, :2].std(0, correction=0) + ROUNDING * scale[:, 2].max()
+    return bool(((first - second)[..., :2].abs() <= tolerance).all())
 
 
 def _prints(model: nn.Module, taps: Mapping[str, Sequence[Tap]], batch: batches.Batch) -> dict[Key, list[torch.Tensor]]:
@@ -175,7 +176,7 @@ def _leave(prints: Any, tap: Tap, module: nn.Module, args: tuple[Any, ...], outp
 
 
 def _sums(tap: Tap, values: torch.Tensor) -> list[torch.Tensor]:
-    """For each axis that could hold samples, two weighted sums over all others, (length, 2).
+    """For each axis that could hold samples, two weighted sums over all others and how they round, (length, 3).
 
     The weights are random, since norms make plain sums the same everywhere. A convolution's samples are
     on its first axis, a linear layer's on any but the last.
@@ -187,5 +188,6 @@ def _sums(tap: Tap, values: torch.Tensor) -> list[torch.Tensor]:
     for axis in axes:
         rows = wide.movedim(axis, 0).flatten(1)
         weights = torch.randn(rows.shape[1], 2, generator=torch.Generator().manual_seed(axis), dtype=torch.float64)
-        found.append(rows @ weights.to(rows.device))
+        rounding = torch.finfo(values.dtype).eps * rows.norm(dim=1, keepdim=True)
+        found.append(torch.cat([rows @ weights.to(rows.device), rounding], 1))
     return found

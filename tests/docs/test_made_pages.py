@@ -1,0 +1,29 @@
+"""Pages whose tables are made from raw results show what these give."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of the benchmarks as running its script does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_implants(load) -> None:
+    made = load("implant_forms").tables(RESULTS) | load("implant_budgets").tables(RESULTS)
+    page = (ROOT / "docs" / "implants.md").read_text()
+    assert load("curvature_tables").filled(page, made) == page
+
+
+def test_structure(load) -> None:
+    page = (ROOT / "docs" / "structure.md").read_text()
+    assert load("curvature_tables").filled(page, load("structure").made(RESULTS)) == page
