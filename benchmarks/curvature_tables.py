@@ -181,7 +181,7 @@ def scaling(rows: list[Row]) -> str:
     cells = []
     for row in rows:
         steps = row["samples"] // row["batch"]
-        ratio = median(s / (u * steps) for s, u in zip(row["seconds"], row["unit_seconds"], strict=True))
+        ratio = _steps(row) / steps
         name = [row["model"], f"{row['parameters'] / 1e6:.2f}", str(row["units"])]
         cells.append([*name, str(row["batch"]), str(row["samples"]), f"{ratio:.2f}", f"{row['peak_mib'] / 1024:.2f}"])
     header = ["network", "parameters, M", "units", "batch", "samples", "training steps a batch", "peak memory, GiB"]
@@ -199,9 +199,12 @@ def plot(results: Path, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     first = rows[0]["model"]
     unit = median(rows[0]["unit_seconds"])
-    mine = sorted((row["samples"], median(row["seconds"]) / unit) for row in rows if row["model"] == first)
+    mine = sorted((row["samples"], _steps(row)) for row in rows if row["model"] == first)
     left.plot(*zip(*mine, strict=True), "o-")
     left.set(xscale="log", yscale="log", xlabel="samples", ylabel="time, training steps", title=first)
+    counts = [samples for samples, _ in mine]
+    left.set_xticks(counts, [str(count) for count in counts])
+    left.set_xticks([], minor=True)
     single = {row["model"]: row for row in rows if row["samples"] == row["batch"]}
     for name, row in single.items():
         right.plot(median(row["unit_seconds"]) / unit, median(row["seconds"]) / unit, "o", label=name)
@@ -210,6 +213,11 @@ def plot(results: Path, path: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="training step, relative", ylabel="gate-fisher, relative")
     right.legend(fontsize=6)
     save_png(figure, path)
+
+
+def _steps(row: Row) -> float:
+    """The median of paired ratios to a training step."""
+    return median(s / u for s, u in zip(row["seconds"], row["unit_seconds"], strict=True))
 
 
 def _names(rows: list[Row]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import hap
 from hap.planning import CostModel, Decision, Plan
+from hap.surgery import dense_config
 from hap.types import Structure
 
 transformers = pytest.importorskip("transformers")
@@ -137,3 +138,16 @@ def test_torch_attention_is_a_narrow_one() -> None:
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.inference_mode():
         assert small(x, src_key_padding_mask=padding).isfinite().all()
+
+
+def test_dense_numbers_come_from_the_structure(bert: nn.Module) -> None:
+    """Also where rounds of pruning left the configuration behind."""
+    structure = hap.trace(bert, (), {"input_ids": TOKENS})
+    small = hap.apply(bert, without(structure, lambda name: (0, 1)))
+    small.config.num_attention_heads = 4  # as a first round that was not uniform would leave it
+    with dense_config(small, without(structure, lambda name: (0, 1))):
+        assert small.config.num_attention_heads == 4
+    llama = build("Llama", num_key_value_heads=2, use_cache=False)
+    plan = without(hap.trace(llama, (), {"input_ids": TOKENS}), lambda name: (1,))
+    with dense_config(small := hap.apply(llama, plan), plan):
+        assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (4, 2)

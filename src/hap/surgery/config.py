@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hap.planning import Plan
+from hap.types import Family
 
 _NAMES = (
     "num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads",
@@ -28,19 +29,23 @@ def counts(model: nn.Module, plan: Plan, *, dense: bool = False) -> list[tuple[A
         plan: what is done to its heads.
         dense: the values before.
     """
-    shares: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    families: dict[int, list[Family]] = defaultdict(list)
     configs: dict[int, Any] = {}
     for family in plan.structure.families:
         config = _config(model, family.roles("producer")[0].parameter) if family.kind == "head" else None
         if config is not None:
             configs[id(config)] = config
-            shares[id(config)].add((len(plan.decisions[family.name].keep), family.size))
+            families[id(config)].append(family)
     found = []
     for key, config in configs.items():
-        if len({kept / size for kept, size in shares[key]}) == 1:
-            new, old = next(iter(shares[key]))[:: -1 if dense else 1]
-            values = {name: getattr(config, name, None) for name in _NAMES}
-            found += [(config, name, v * new // old) for name, v in values.items() if isinstance(v, int)]
+        left = {len(plan.decisions[family.name].keep) for family in families[key]}
+        sizes = {family.size for family in families[key]}
+        if len(left) == len(sizes) == 1:
+            (units,) = sizes if dense else left
+            values = {name: value for name in _NAMES if isinstance(value := getattr(config, name, None), int)}
+            keys = values.get("num_key_value_heads")  # each stands for a group of query heads, and is one unit
+            group = values.get("num_attention_heads", keys) // keys if keys else 1
+            found += [(config, name, units * (1 if value == keys else group)) for name, value in values.items()]
     return found
 
 
