@@ -54,7 +54,7 @@ def test_prune(tmp_path: Path, weights: Path, budget: str) -> None:
 def test_the_planners_options(tmp_path: Path, weights: Path) -> None:
     """All at once: two rounds, the best plan for a latency and a size, and bounds on widths."""
     code, text = digits(
-        tmp_path / "run", weights, "--keep-latency", "0.9", "--keep-params", "0.5", "--latency-batch", "8",
+        tmp_path / "run", weights, "--keep-latency", "1", "--keep-params", "0.5", "--latency-batch", "8",
         "--latency-cache", str(tmp_path / "latency.json"), "--mode", "optimal", "--no-joint", "--iterations", "2",
         "--min-width", "conv1=8", "--max-width", "layer*=0.9", "--protect", "linear", "--epochs", "0",
     )  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_planners_options(tmp_path: Path, weights: Path) -> None:
     assert "round 2: rise of the loss by the cut: predicted" in text
     plan = hap.load(tmp_path / "run", zoo.build("digits-cnn"))[1]
     assert plan.options["mode"] == "optimal" and not plan.options["joint"] and plan.options["iterations"] == 2
-    assert plan.small.latency is not None and plan.budget == hap.Budget(params=0.5, latency=0.9)
+    assert plan.small.latency is not None and plan.budget == hap.Budget(params=0.5, latency=1.0)
     assert len(plan.decisions["conv1"].keep) >= 8
     assert (tmp_path / "latency.json").exists()
 
@@ -92,7 +92,7 @@ def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
         (["--keep-params", "0.5", "--device", "tpu9"], "no device"),
         (["--keep-latency", "0"], "out of range"),
         (["--keep-params", "0.5", "--mode", "optimum"], "did you mean 'optimal'"),
-        (["--keep-params", "0.5", "--joint"], "ranks units one by one"),
+        (["--keep-params", "0.5", "--mode", "paper", "--joint"], "ranks units one by one"),
         (["--keep-params", "0.5", "--min-width", "conv1"], "give FAMILY=8 or FAMILY=0.5"),
         (["--keep-params", "0.5", "--max-width", "cnv1=8"], "did you mean 'conv1'"),
         (["--keep-params", "0.5", "--protect", "convolution"], "unknown module to protect"),
@@ -168,12 +168,23 @@ def test_ctrl_c_leaves_a_message_and_no_file(tmp_path: Path, weights: Path) -> N
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, env=environment
     )
-    time.sleep(15)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = _interrupted(process)
     assert process.returncode == 130, errors
     assert "interrupted: nothing was written" in errors and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def _interrupted(process: subprocess.Popen[str]) -> str:
+    """What the process says after SIGINT; again, where a busy machine was still importing and lost the first."""
+    time.sleep(15)
+    for _ in range(6):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=20)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()
+    return process.communicate()[1]
 
 
 def test_the_library_never_seeds_the_callers_generator(tmp_path: Path, weights: Path) -> None:

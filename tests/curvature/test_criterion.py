@@ -68,6 +68,7 @@ def test_the_names_are_these():
         "ggn-trace",
         "group-l1",
         "group-l2",
+        "head-gradient",
         "hessian-quadratic",
         "hessian-trace",
         "l1",

@@ -33,8 +33,8 @@ def test_run_writes_a_directory_that_loads(model: nn.Module, data: zoo.DataSplit
 @pytest.mark.parametrize("recover", ["refit", "none"])
 def test_run_recovers_as_told(model: nn.Module, data: zoo.DataSplits, tmp_path: Path, recover: Any) -> None:
     """The closed form brings back most of what the cut lost; without anything it stays lost."""
-    no_training = Training(epochs=0)
-    done = run(model, data, hap.Budget(params=0.4), tmp_path / "run", recover=recover, training=no_training)
+    options: Any = {"recover": recover, "training": Training(epochs=0), "mode": "paper"}
+    done = run(model, data, hap.Budget(params=0.4), tmp_path / "run", **options)
     assert done.as_cut.accuracy is not None
     assert done.as_cut.accuracy > 0.85 if recover == "refit" else done.as_cut.accuracy < 0.75
     assert json.loads((tmp_path / "run" / "report.json").read_text())["options"]["recover"] == recover

@@ -48,7 +48,7 @@ def prune(
     ] = "gate-fisher",
     mode: Annotated[
         str, typer.Option(help="paper: one global ranking; optimal: the least predicted loss for exact costs.")
-    ] = "paper",
+    ] = "optimal",
     joint: Annotated[
         bool | None,
         typer.Option(

@@ -47,7 +47,7 @@ def prune(
     samples: int | Literal["auto"] = 512,
     draws: int | None = None,
     seed: int = 0,
-    mode: Mode = "paper",
+    mode: Mode = "optimal",
     joint: Joint = "auto",
     floor: int = 1,
     minimum: Widths | None = None,
