@@ -191,10 +191,12 @@ def _peers(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["model"] for row in rows):
         mine, peer = ([r for r in rows if r["model"] == name and r["package"] == p] for p in PACKAGES)
         share = f"{median(r['trace'] / r['seconds'] for r in mine):.0%}"
+        if not mine or not peer:
+            continue
         if "error" in peer[0]:
             lines.append(f"| {name} | it fails: {peer[0]['error']} | {share} | {mine[0]['kept']:.1%} | |")
             continue
-        ratio = median(a["seconds"] / b["seconds"] for a, b in zip(mine, peer, strict=True))
+        ratio = median(a["seconds"] / b["seconds"] for a, b in zip(mine, peer, strict=False))
         lines.append(f"| {name} | {ratio:.2f} | {share} | {mine[0]['kept']:.1%} | {peer[0]['kept']:.1%} |")
     return "\n".join(lines) if rows else NONE
 

@@ -121,7 +121,7 @@ def closed(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+        if name and type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     }
 
 

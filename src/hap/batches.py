@@ -233,7 +233,7 @@ def tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, of a model that has dropped what it keeps between calls: not all of that can be copied."""
+    """A deep copy, of a model that drops what it keeps between calls (see `settled_`): not all of it can be copied."""
     settled_(model)
     return copy.deepcopy(model)
 
@@ -243,10 +243,8 @@ def settled_(model: nn.Module) -> None:
 
     Such caches are as wide as the model was, and not every one can be copied.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        model.train()
 
 
 @contextlib.contextmanager

@@ -236,6 +236,49 @@ def test_a_head_width_computed_from_the_stream_stays(make) -> None:
     assert any("has its size written in the code" in f.reason for f in structure.frozen if f.parameter == "qkv.weight")
 
 
+def test_a_number_of_heads_written_in_the_code_stays(make) -> None:
+    """With the width left open, fewer heads would become narrower ones, of the same shapes in the end."""
+    view = lambda y: y.view(2, 5, HEADS, -1).transpose(1, 2)  # noqa: E731
+    attention = lambda s, *qkv: joined(F.scaled_dot_product_attention(*map(view, qkv)))  # noqa: E731
+    structure = trace(make(lambda: Attention(attention)), SEQUENCE)
+    assert not [family for family in structure.families if family.kind == "head"]
+
+
+def test_layers_that_share_one_number_stay(make) -> None:
+    """Two layers written flat, with one count of heads for both."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n_head = HEADS
+            self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * INNER) for _ in range(2))
+            self.o = nn.ModuleList(nn.Linear(INNER, WIDTH) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for qkv, o in zip(self.qkv, self.o, strict=True):
+                parts = (y.view(2, 5, self.n_head, -1).transpose(1, 2) for y in qkv(x).chunk(3, -1))
+                x = x + o(joined(F.scaled_dot_product_attention(*parts)))
+            return x
+
+    assert trace(make(Flat), SEQUENCE).families == ()
+
+
+def test_inputs_and_buffers_are_left_alone(make) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.b(self.a(x.relu_()))
+
+    model, x = make(Counting), SEQUENCE[0].clone()
+    assert trace(model, (x,)).families
+    assert torch.equal(x, SEQUENCE[0]) and not model.calls
+
+
 def test_summed_axes_stay(make) -> None:
     """Attention over channels: nothing gates a channel that a product sums over."""
     build = lambda: {"q": nn.Linear(WIDTH, 8), "k": nn.Linear(WIDTH, 8), "o": nn.Linear(5, 3)}  # noqa: E731

@@ -51,7 +51,11 @@ FREEZES: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
     "split": (lambda s, y: y.split(10, 1)[0], "uneven pieces by split"),
     "split into numbers": (lambda s, y: y.split((10, 6), 1)[0], "has its size written in the code: RuntimeError"),
     "split at a number": (lambda s, y: y.split(8, 1)[0], "has its size written in the code: RuntimeError"),
-    "split at positions": (lambda s, y: y.tensor_split((8,), 1)[0], "has its size written in the code: RuntimeError"),
+    "split and joined": (lambda s, y: torch.cat([p.relu() for p in y.split(8, 1)], 1), "changes a size inside"),
+    "split at positions": (lambda s, y: y.tensor_split((8,), 1)[0], "cut at constant positions by tensor_split"),
+    "index from units": (
+        lambda s, y: y + torch.ones(2, 16)[(y > 0).long()].mean(-1), "used as an index",
+    ),
     "uneven chunks": (lambda s, y: y.chunk(3, 1)[0], "uneven pieces"),
     "first channels": (lambda s, y: y[:, :8], "cut at constant positions by slice"),
     "last channels from the back": (lambda s, y: y[:, -8:-1], "cut at constant positions by slice"),

@@ -184,7 +184,7 @@ class Gates:
         """Forward hook of a layer."""
         if self._closed:
             return output
-        rows = self._where(tap, "out", output)
+        rows = self._where(tap, "out", output) if isinstance(output, torch.Tensor) else None
         if rows is not None:
             return self.watch(tap, output, rows)
         tap.blind = True

@@ -172,7 +172,8 @@ def _enter(prints: Any, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwar
 
 
 def _leave(prints: Any, tap: Tap, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    prints[tap.module, "out"] = _sums(tap, output)
+    if isinstance(output, torch.Tensor):
+        prints[tap.module, "out"] = _sums(tap, output)
 
 
 def _sums(tap: Tap, values: torch.Tensor) -> list[torch.Tensor]:

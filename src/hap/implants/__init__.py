@@ -27,7 +27,6 @@ __all__ = [
     "build",
     "dense_layer",
     "flat",
-    "flat",
     "form_of",
     "from_weights",
     "inherit_",

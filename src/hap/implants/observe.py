@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hap.attention import opened
 from hap.batches import Batch, evaluating, forward
 from hap.implants.geometry import Dense, Geometry
 from hap.implants.moments import Moments
@@ -58,7 +59,7 @@ def observe(
     batches = batches if len(turns) == 1 else list(batches)
     for names in turns:
         sums = {name: _sums(name, dense_layer(model, name), readings[name]) for name in names}
-        with evaluating(model), _watching(model, sums), torch.no_grad():
+        with evaluating(model), opened(model), _watching(model, sums), torch.no_grad():
             for batch in batches:
                 forward(model, batch)
         for name in names:

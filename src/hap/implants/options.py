@@ -67,10 +67,15 @@ def options(
         HapError: an unknown form, no data, or activations that are not finite.
     """
     known = [form_of(name) for name in forms] if forms is not None else list(FORMS.values())
-    choices, readings = {}, {}
+    choices, readings, held = {}, {}, _held(model, structure)
     for layer in structure.layers:
         columns = structure.tensors[layer.weight].shape[1]
-        if layer.positions and _plain(structure, layer) and (layers is None or layer.module in layers):
+        if (
+            layer.positions
+            and layer.weight not in held
+            and _plain(structure, layer)
+            and (layers is None or layer.module in layers)
+        ):
             found = list(_choices(layer, columns, known, memory))
             if found:
                 choices[layer.module] = found
@@ -81,6 +86,15 @@ def options(
         name: tuple(_option(dense_layer(model, name), readings[name], found, *choice) for choice in choices[name])
         for name, found in observe(model, readings, data, memory=memory)
     }
+
+
+def _held(model: nn.Module, structure: Structure) -> set[str]:
+    """Weights that no implant can stand for: kernels that cannot shrink, and what has several names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = {name for found in names.values() if len(found) > 1 for name in found}
+    return shared | {f.parameter for f in structure.frozen if f.axis >= 2}
 
 
 def _plain(structure: Structure, layer: Layer) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hap.errors import HapError
 from hap.pipeline.stages import Result
-from hap.planning import compose
+from hap.planning import Plan, compose
 from hap.planning.constraints import counts
 from hap.types import Budget, Structure
 
@@ -56,7 +56,7 @@ def in_rounds(
     for number, part in enumerate(schedule(budget, rounds), start=1):
         more: dict[str, Any] = {} if number == rounds else {"implant_ratio": 0.0}
         if results:
-            more |= {"of": results[0].plan.dense, **_widths(results[0].structure, settings)}
+            more |= {"of": results[0].plan.dense, **_widths(results[0].structure, results[-1].plan, settings)}
         before = results[-1].model if results else model
         results.append(cut(before, part, **more))
         notes.append(train_(results[-1].model, before, results[-1]))
@@ -66,9 +66,9 @@ def in_rounds(
     return dataclasses.replace(first, model=last.model, plan=plan, verification=last.verification), tuple(notes)
 
 
-def _widths(structure: Structure, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """The smallest and largest widths in units of the dense model's families."""
-    return {
-        "minimum": counts(structure, settings.get("minimum"), largest=False),
-        "maximum": counts(structure, settings.get("maximum"), largest=True),
-    }
+def _widths(structure: Structure, last: Plan, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The smallest and largest widths in units of the dense model; a family of one unit is none any more."""
+    left = {name for name, decision in last.decisions.items() if len(decision.keep) > 1}
+    bounds = (("minimum", False), ("maximum", True))
+    found = {option: counts(structure, settings.get(option), largest=largest) for option, largest in bounds}
+    return {option: {name: n for name, n in widths.items() if name in left} for option, widths in found.items()}

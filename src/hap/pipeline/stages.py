@@ -14,7 +14,7 @@ from hap.batches import Batch, Loss, arguments, device_of, resized, take
 from hap.curvature import CRITERIA, Criterion, measure
 from hap.errors import HapError
 from hap.implants import options
-from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, time_layers
+from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, inside, time_layers
 from hap.structure import trace
 from hap.surgery import apply, verify
 from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verification, silent
@@ -86,6 +86,7 @@ def prune(
     Raises:
         HapError: as the stages do; or the pruned model does not compute what the plan promised.
     """
+    ignore = tuple(ignore)
     data = list(take(batches, CAP if isinstance(samples, str) else samples, device_of(model)))
     fit = FIT if isinstance(samples, str) else samples
     args, kwargs = arguments(data[0])
@@ -112,7 +113,8 @@ def prune(
     )
     choices = None
     if mode == "optimal" and implant_ratio:
-        choices = options(model, structure, data, samples=fit, progress=progress)
+        left = {layer.module for layer in structure.layers if not any(inside(layer.module, part) for part in ignore)}
+        choices = options(model, structure, data, samples=fit, layers=left, progress=progress)
     plan = decide(
         structure,
         sensitivity,

@@ -1,7 +1,7 @@
 """Sensitivities, costs and a budget -> a plan: what to keep, implant and prune."""
 
 from hap.planning.compose import compose
-from hap.planning.constraints import Widths
+from hap.planning.constraints import Widths, inside
 from hap.planning.cost import CostModel
 from hap.planning.decide import Joint, Mode, decide
 from hap.planning.latency import Latency, measure_latency
@@ -21,6 +21,7 @@ __all__ = [
     "Widths",
     "compose",
     "decide",
+    "inside",
     "measure_latency",
     "time_layers",
     "versions",

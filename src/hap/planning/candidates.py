@@ -51,17 +51,19 @@ def implantable(structure: Structure) -> tuple[Layer, ...]:
     Where kernels cannot shrink (the caller ignores the layer, another one shares its weight, a
     subclass computes something else), the structure holds the kernel's axes frozen.
     """
-    held = {f.parameter for f in structure.frozen if f.axis >= 2}
     return tuple(
         layer
         for layer in structure.layers
-        if layer.positions
-        and math.prod(layer.kernel) > 1
+        if math.prod(layer.kernel) > 1
         and structure.modules.get(layer.module) in _IMPLANTABLE
-        and layer.module
-        and layer.weight not in held
-        and _whole_groups(structure, layer)
+        and replaceable(structure, layer)
     )
+
+
+def replaceable(structure: Structure, layer: Layer) -> bool:
+    """Whether any of a layer's filters may be implanted, whatever the form."""
+    held = any(f.parameter == layer.weight and f.axis >= 2 for f in structure.frozen)
+    return bool(layer.positions and layer.module) and not held and _whole_groups(structure, layer)
 
 
 def _whole_groups(structure: Structure, layer: Layer) -> bool:

@@ -98,7 +98,7 @@ def _written_by(family: Family) -> set[str]:
 def _protected(structure: Structure, patterns: Iterable[str]) -> frozenset[str]:
     found: set[str] = set()
     for pattern in patterns:
-        names = {name for name in structure.modules if name and _inside(name, pattern)}
+        names = {name for name in structure.modules if name and inside(name, pattern)}
         if not names:
             raise unknown("module to protect", pattern, [name for name in structure.modules if name])
         found |= names
@@ -124,7 +124,7 @@ def _of_other_kinds(structure: Structure, units: Iterable[str] | None) -> frozen
     return frozenset(layer.module for layer in structure.layers if layer.module not in written)
 
 
-def _inside(module: str, pattern: str) -> bool:
+def inside(module: str, pattern: str) -> bool:
     """Whether the module, or one that holds it, has a name like the pattern."""
     parts = module.split(".")
     return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

@@ -60,8 +60,9 @@ class Greedy:
         block = next(following, None)
         while True:
             ratio = np.where(closed | (price <= 0), np.inf, rise / np.maximum(price, TINY))
-            unit = forced.pop() if forced else int(ratio.argmin())
-            if block is not None and not forced and block.ratio < ratio[unit]:
+            must = bool(forced)
+            unit = forced.pop() if must else int(ratio.argmin())
+            if block is not None and not must and block.ratio < ratio[unit]:
                 if block.owner < 0 or not closed[block.owner]:
                     self.moves.append((block.layer, block.number))
                     self.rates.append(block.ratio)
@@ -70,10 +71,10 @@ class Greedy:
                         price[block.owner] -= block.price
                 block = next(following, None)
                 continue
-            if not np.isfinite(ratio[unit]):
+            if not must and not np.isfinite(ratio[unit]):
                 return
             self.moves.append((-1, unit))
-            self.rates.append(float(ratio[unit]))
+            self.rates.append(0.0 if must else float(ratio[unit]))  # a forced unit pays nothing
             closed[unit] = True
             rise += gram[unit]
             left[family[unit]] -= 1

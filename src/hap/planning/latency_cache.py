@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 from hap.errors import HapError
+
+log = logging.getLogger(__name__)
 
 
 class LatencyCache:
@@ -43,13 +46,16 @@ class LatencyCache:
         self._new = True
 
     def write(self) -> None:
-        """Writes the file, whole or not at all, if there is something new."""
+        """Writes the file, whole or not at all, if there is something new; where it cannot, the run goes on."""
         if self.path is None or not self._new:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        part.write_text(json.dumps(self._all, indent=0, sort_keys=True), encoding="utf-8")
-        part.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self._all, indent=0, sort_keys=True), encoding="utf-8")
+            part.replace(self.path)
+        except OSError as error:
+            log.warning("the measured times are not kept for the next run: %s", error)
 
 
 def describe(device: torch.device) -> str:

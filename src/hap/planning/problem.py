@@ -10,7 +10,7 @@ import numpy as np
 
 from hap.errors import HapError, unknown
 from hap.implants import Option, form_of
-from hap.planning.candidates import block, checked
+from hap.planning.candidates import block, checked, replaceable
 from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
 
@@ -156,7 +156,12 @@ def _implantables(
             raise unknown("layer with implant options", module, layers)
         layer = layers[module]
         usable = tuple(option for option in found if form_of(option.form).applies(layer))
-        if not usable or module not in sensitivity.filters or module in bounds.protected:
+        if (
+            not usable
+            or module not in sensitivity.filters
+            or module in bounds.protected
+            or not replaceable(structure, layer)
+        ):
             continue
         size = block(layer)
         filters = np.maximum(checked(sensitivity, sensitivity.filters, module, layer.filters), 0.0)

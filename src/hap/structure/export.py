@@ -41,7 +41,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             warnings.simplefilter("ignore")
             return torch.export.export(_Tensors(model), args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types, and users' code any
-        _check_runs(model, args, kwargs)
+        if not model.training:  # in training mode a real pass would move statistics
+            _check_runs(model, args, kwargs)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise HapError(
             f"torch.export could not trace {type(model).__name__}",

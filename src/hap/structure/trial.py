@@ -2,8 +2,8 @@
 
 A graph shows that a view splits 12 heads off, and not whether the code computes the 12 or has it as a
 number, or in which attribute. So it is tried: with one unit of each family gone and the attributes
-changed, does the forward pass still run, and give outputs of the same shapes? Nothing is computed
-with: the shrunk tensors are expanded zeros.
+changed, does the forward pass still run, give outputs of the same shapes, and keep the width of heads?
+Values do not matter: the shrunk tensors are expanded zeros.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hap.batches import tensors
+from hap.batches import device_of, settled_, tensors
 from hap.structure.attributes import mirrors
 from hap.structure.rules.registry import Written
 from hap.structure.units import Units
@@ -27,6 +29,8 @@ from hap.types import Attribute, Family, describe
 _COUNT = re.compile(r"^(?!.*(dim|size|width)).*head|^n?h$|^n_h$")
 _WIDTH = re.compile(r"^(all_head|inner|attn|attention|qkv?|kv|proj|split)(_inner|_proj)?_(size|dim|width)$")
 _HEAD = re.compile(r"(^|attention_|attn_)head_(size|dim|width)$|^dim_head$|^d_(k|v|kv|head)$")  # of one head alone
+
+_SPLITS = (torch.ops.aten.split, torch.ops.aten.split_with_sizes)
 
 
 class Trial:
@@ -54,7 +58,7 @@ class Trial:
         refused: dict[str, str] = {}
         every = [family for family in self.families if family.size > 1]
         attributes = self._attributes(every, 0)
-        if self._problem(every, attributes) is None:
+        if self._problem(every, attributes) is None and self._apart(every, attributes):
             return attributes, {}
         for group in self._groups(every):
             for attempt in self._attempts(group):
@@ -63,7 +67,8 @@ class Trial:
                 refused |= {} if problem is None else {family.name: problem for family in attempt}
         left = [family for family in every if family.name not in refused]
         problem = self._problem(left, found)
-        if problem is not None:  # what works alone does not work together
+        if problem is not None or not self._apart(left, found):  # what works alone does not work together
+            problem = problem or "shares a number that is written in the code with other families"
             refused |= {family.name: problem for family in left if self.places[family.name]}
             found = []
         return tuple(found), refused
@@ -80,10 +85,20 @@ class Trial:
         problem: str | None = None
         for attributes in dict.fromkeys(self._attributes(families, level) for level in range(3)):
             failure = self._problem(families, attributes)
+            if failure is None and not self._apart(families, attributes):
+                failure = "shares a number that is written in the code with other families"
             if failure is None:
                 return attributes, None
             problem = problem or failure
         return (), problem
+
+    def _apart(self, families: Sequence[Family], attributes: Iterable[Attribute]) -> bool:
+        """Whether those families whose sizes are written in the same module as an attribute can leave one by one."""
+        for found in attributes:
+            users = [f for f in families if any(place.caller == found.module for place in self.places[f.name])]
+            if len(users) > 1 and any(self._problem([f], attributes) is not None for f in users):
+                return False
+        return True
 
     def _groups(self, families: Sequence[Family]) -> list[list[Family]]:
         """Families of a kind whose sizes are written in the same types of modules: what holds for one holds for all."""
@@ -134,12 +149,46 @@ class Trial:
             return (
                 f"has its size written in the code: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             )
-        return None if shapes == self.shapes else "changes the shape of the model's outputs"
+        return None if shapes == self.shapes else "changes a size inside, or the shape of the outputs"
 
     def _run(self) -> Any:
-        with torch.no_grad(), torch.random.fork_rng():
-            outputs = self.model(*self.args, **self.kwargs)
-        return [tuple(tensor.shape) for tensor in tensors(outputs)]
+        """Shapes of the outputs, and what must stay inside; inputs, buffers and generators are left as they are."""
+        settled_(self.model)  # caches are as wide as the model was
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, dict(self.kwargs)))
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(_devices(self.model)), _Inside(self.model) as inside:
+                outputs = self.model(*args, **kwargs)
+        finally:
+            settled_(self.model)
+            for buffer, old in buffers:
+                if buffer.shape == old.shape and not torch.equal(buffer, old):
+                    buffer.data.copy_(old)
+        return [tuple(tensor.shape) for tensor in tensors(outputs)], inside.found
+
+
+class _Inside(TorchDispatchMode):
+    """Notes what must stay: whether the pieces of a split are alike, and what two activations are summed over."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: list[int] = []
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _SPLITS:
+            self.found.append(len({piece.shape for piece in result}) < 2)
+        product = func.overloadpacket is torch.ops.aten.bmm or "scaled_dot_product" in func.__name__
+        if product and not any(factor.untyped_storage().data_ptr() in self._weights for factor in args[:2]):
+            self.found.append(args[0].shape[-1])
+        return result
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """The accelerator whose generator the model may use, if it is on one."""
+    device = device_of(model)
+    return [] if device.type == "cpu" else [device]
 
 
 def _places(families: Sequence[Family], written: Iterable[Written], units: Units) -> dict[str, list[Written]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from hap.batches import evaluating
+from hap.batches import copied, evaluating
 from hap.implants import Dense, Implanted, inherit_
 from hap.planning import measure_latency
 
@@ -26,7 +25,7 @@ def merge(
             merged, both timed in turns on what the layer reads when the model runs on these inputs.
         runs, seconds: of the timing of a layer, at most.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     dense = {layer: _merged(layer) for layer in small.modules() if isinstance(layer, Implanted)}
     if faster_on is not None:
         inputs = _inputs(small, list(dense), faster_on)

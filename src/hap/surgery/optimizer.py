@@ -30,7 +30,7 @@ def follow_(optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter]
         if parameter in optimizer.state:
             _cut_(optimizer.state, parameter, plan.structure.tensors[name].shape, _kept(places, name))
     left = set(model.parameters())
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    known = set(before.values())  # also those that the optimizer was not given
     fresh = [parameter for parameter in model.parameters() if parameter not in known and parameter.requires_grad]
     for group in optimizer.param_groups:
         lost = [parameter for parameter in group["params"] if parameter not in left]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hap.attention import opened
 from hap.batches import Batch, device_of, evaluating, forward, take
 from hap.errors import HapError
 from hap.implants import Dense, Geometry, Implanted, Moments, Sums, flat, form_of, solve
@@ -57,7 +58,7 @@ def refit_(
     jobs = _jobs(small, model, plan)
     before = [(p, p.detach().clone()) for job in jobs for p in job.entry.parameters()]
     try:
-        with evaluating(small), evaluating(model), torch.no_grad():
+        with evaluating(small), evaluating(model), opened(small), opened(model), torch.no_grad():
             for job in progress(jobs, "refitting", len(jobs)):
                 job.solve(job.moments(small, model, data), ridge)
     except BaseException:

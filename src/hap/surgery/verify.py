@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from hap.attention import opened
 from hap.batches import copied, evaluating, tensors
 from hap.errors import HapError
 from hap.implants import Implanted
@@ -74,7 +75,7 @@ def verify(
 
 def _outputs(failure: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], remedy: str) -> Any:
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), opened(model), torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:  # users' code raises any type: an assertion on a shape, a missing attribute
         raise HapError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hap.structure.rules.registry import Context, rule
+from hap.structure.rules.registry import Context, freeze_all, rule
 from hap.structure.value import Value, across, touching, without
 
 
 @rule("index")
 def index(context: Context, shape: tuple[int, ...], x: Value, indices: Sequence[Value | None]) -> Value:
     """``x[:, i, j]``: the axes that index tensors stand for become those of the index; the others pass."""
+    freeze_all(context, [i for i in indices if i is not None], "used as an index")
     given = [a for a, i in enumerate(indices) if i is not None]
     if given != list(range(given[0], given[-1] + 1)):
         raise TypeError("index tensors that do not stand side by side")
@@ -22,8 +23,9 @@ def index(context: Context, shape: tuple[int, ...], x: Value, indices: Sequence[
 
 
 @rule("index_select")
-def index_select(context: Context, shape: tuple[int, ...], x: Value, axis: int, _: Value) -> Value:
+def index_select(context: Context, shape: tuple[int, ...], x: Value, axis: int, chosen: Value) -> Value:
     """Positions of one axis; the others pass."""
+    freeze_all(context, [chosen], "used as an index")
     return Value(shape, _held(context, x, {axis % x.ndim}).factors)
 
 

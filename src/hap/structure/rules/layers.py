@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from hap.structure.rules.registry import Context, Multiplication, rule
+from hap.structure.rules.registry import Context, Multiplication, freeze_all, rule
 from hap.structure.units import Ids
 from hap.structure.value import Value, along, axis_ids, touching, without
 
@@ -99,6 +99,7 @@ def transposed(
 @rule("embedding")
 def embedding(context: Context, shape: tuple[int, ...], weight: Value, index: Value, *_: object) -> Value:
     """Rows are looked up, so the rows stay; the columns are produced."""
+    freeze_all(context, [index], "used as an index")
     rows = axis_ids(context.units, weight, 0)
     if rows is not None:
         context.units.freeze(rows, "rows of a look-up table")

@@ -67,12 +67,12 @@ def reduce(
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "argsort", "sort", "topk")
-def over_axis(context: Context, shape: Any, x: Value, *options: Any, **_: Any) -> Any:
+def over_axis(context: Context, shape: Any, x: Value, *options: Any, **named: Any) -> Any:
     """Mixes the positions along one axis, which must not change; the others pass."""
     if context.where == "topk":
         options = options[1:]  # how many comes first
     if context.where in ("sort", "argsort", "topk") and not options:
-        options = (-1,)
+        options = (named.get("dim", -1),)  # of the stable variants it is given by name
     axis = options[0]
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError("the axis is not the first option")

@@ -197,8 +197,11 @@ def split(context: Context, shapes: list[tuple[int, ...]], x: Value, sizes: Any 
     axis %= x.ndim
     for factor in touching(x, {axis}):
         context.write(factor, tuple({shape[axis]: 0 for shape in shapes}))
-    # A list of sizes must add up, so that the trial sees whether the code knows the new ones.
-    return _pieces(context, shapes, x, axis, listed=isinstance(sizes, Sequence) and context.where != "tensor_split")
+    if context.where == "tensor_split":
+        freeze_all(
+            context, [Value(x.shape, tuple(touching(x, {axis})))], f"cut at constant positions by {context.where}"
+        )
+    return _pieces(context, shapes, x, axis, listed=isinstance(sizes, Sequence))
 
 
 @rule("slice", "narrow")
