@@ -166,12 +166,21 @@ def test_ctrl_c_leaves_a_message_and_no_file(tmp_path: Path, weights: Path) -> N
     command += ["--data", "digits", "--keep-params", "0.5", "--samples", "64", "--epochs", "100000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--out", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=_heed_interrupts,
     )
     errors = _interrupted(process)
     assert process.returncode == 130, errors
     assert "interrupted: nothing was written" in errors and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupted(process: subprocess.Popen[str]) -> str:
