@@ -46,3 +46,26 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> HapError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}?" if near else ""
     return HapError(f"unknown {kind} {name!r}", expected=f"one of: {', '.join(known)}", remedy=remedy)
+
+
+def missing(need: str, package: str, extra: str, error: ImportError) -> HapError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        need: who needs it, with the verb.
+        package: its name.
+        extra: the extra of this library that brings it.
+        error: what the import said.
+
+    >>> print(missing("plots need", "matplotlib", "report", ImportError("No module named 'matplotlib'")))
+    plots need the package 'matplotlib'
+      expected: an installation with the extra 'report'
+      got:      No module named 'matplotlib'
+      remedy:   pip install 'torch-hap[report]'
+    """
+    return HapError(
+        f"{need} the package {package!r}",
+        expected=f"an installation with the extra {extra!r}",
+        got=str(error),
+        remedy=f"pip install 'torch-hap[{extra}]'",
+    )

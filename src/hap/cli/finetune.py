@@ -14,7 +14,7 @@ from hap.checkpoint import fresh_directory, refuse_existing, write
 from hap.cli import sources
 from hap.cli.jobs import Job, open_job
 from hap.cli.screen import Bars, console
-from hap.errors import HapError
+from hap.errors import HapError, missing
 from hap.pretrained import is_pretrained, save_dense
 from hap.report import write_json
 from hap.types import silent
@@ -108,12 +108,7 @@ def _accelerator(precision: Precision, device: str) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise HapError(
-            "several processes and mixed precision need the package 'accelerate'",
-            expected="an installation with the extra 'text'",
-            got=str(error),
-            remedy="pip install 'torch-hap[text]'",
-        ) from error
+        raise missing("several processes and mixed precision need", "accelerate", "text", error) from error
     return Accelerator(mixed_precision=precision, cpu=device == "cpu")
 
 

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from hap.errors import HapError
+from hap.errors import missing
 
 
 def transformers() -> Any:
@@ -19,12 +19,7 @@ def transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise HapError(
-            "Hugging Face models need the package 'transformers'",
-            expected="an installation with the extra 'text'",
-            got=str(error),
-            remedy="pip install 'torch-hap[text]'",
-        ) from error
+        raise missing("Hugging Face models need", "transformers", "text", error) from error
 
 
 @contextlib.contextmanager

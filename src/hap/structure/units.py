@@ -71,10 +71,6 @@ class Units:
         if key is not None and self.roles.get(key) != "consumer":
             self.roles[key] = role
 
-    def find(self, unit: int) -> int:
-        """The representative of a unit."""
-        return int(self.roots(np.array(unit)))
-
     def roots(self, ids: Ids) -> Ids:
         """The representatives of many units, in the shape of `ids`."""
         parent = self._parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from hap.errors import HapError
+from hap.errors import missing
 
 
 def require(module: str, extra: str = "vision") -> Any:
@@ -17,9 +17,4 @@ def require(module: str, extra: str = "vision") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise HapError(
-            f"this data set needs the package {module.partition('.')[0]!r}",
-            expected=f"an installation with the extra {extra!r}",
-            got=str(error),
-            remedy=f"pip install 'torch-hap[{extra}]'",
-        ) from error
+        raise missing("this data set needs", module.partition(".")[0], extra, error) from error
