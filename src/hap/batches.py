@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -232,6 +234,16 @@ def tensors(outputs: Any) -> list[torch.Tensor]:
     return found
 
 
+def digest(tensors: Iterable[torch.Tensor] | Batch) -> str:
+    """A short hash of the shapes, types and bytes of all tensors in a batch or a list."""
+    found = hashlib.sha256()
+    for tensor in pytree.tree_leaves(tensors):
+        if isinstance(tensor, torch.Tensor):
+            found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, of a model that drops what it keeps between calls (see `settled_`): not all of it can be copied."""
     settled_(model)
@@ -243,17 +255,35 @@ def settled_(model: nn.Module) -> None:
 
     Such caches are as wide as the model was, and not every one can be copied.
     """
-    with evaluating(model):
-        model.train()
+    modes = _modes(model)
+    _switch_(dict.fromkeys(modes, True))
+    _switch_(modes)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module in evaluation mode, and each back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = _modes(model)
     try:
+        _switch_(dict.fromkeys(modes, False))
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        _switch_(modes)
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _switch_(modes: Mapping[nn.Module, bool]) -> None:
+    """Puts each module into its mode.
+
+    Where a class has its own ``train(mode)`` it is called, since it may make or drop a cache; one without that argument
+    is something else, such as a training loop.
+    """
+    for module, mode in modes.items():
+        own = type(module).train
+        if own is not nn.Module.train and "mode" in inspect.signature(own).parameters:
+            module.train(mode)
+    for module, mode in modes.items():
+        module.training = mode

@@ -67,6 +67,22 @@ def test_chunks_merge_into_what_all_rows_give():
     torch.testing.assert_close(found.stderr["u"], rows.std(0) / 301**0.5, rtol=1e-12, atol=0)
 
 
+def test_chunks_merge_by_their_terms():
+    """Long texts first, short ones after: every token weighs the same."""
+    lengths = torch.cat([torch.full((96,), 40.0), torch.full((64,), 5.0), torch.full((140,), 12.0)]).double()
+    sums = noisy(torch.arange(5.0), 300, 3.0) * lengths.unsqueeze(1)
+    whole, merged = Moments(), Merged()
+    whole.add(sums, lengths)
+    for rows, terms in zip(sums.split([96, 64, 140]), lengths.split([96, 64, 140]), strict=True):
+        part = Moments()
+        part.add(rows, terms)
+        merged.add(Scores(len(rows), 0, {"u": part.mean}, {"u": part.stderr()}, terms=part.terms), covers_data=True)
+    found = merged.scores()
+    assert found.terms == lengths.sum()
+    torch.testing.assert_close(found.scores["u"], whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.stderr["u"], whole.stderr(), rtol=0.02, atol=0)
+
+
 def test_errors_given_the_data_are_replaced_by_the_spread_between_blocks():
     rows = noisy(torch.arange(4.0), 64 * 32, 3.0)
     found = until_settled(Blocks(), problem_of(rows, len(rows)), keep=0.5, risk=1e-9)

@@ -48,6 +48,31 @@ class Fused(nn.Module):
         return x + self.o(self.function(self, self.qkv(x)))
 
 
+class Stacked(nn.Module):
+    """Weights of three axes, one matrix for each head, and products of labelled axes."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (parameter(HEADS, WIDTH, HEAD) for _ in range(3))
+        self.bias, self.mix = parameter(HEADS, HEAD), parameter(HEADS, HEAD, 5)
+        self.o, self.narrow, self.flat = (
+            parameter(HEADS, HEAD, WIDTH),
+            parameter(HEADS, 5, WIDTH),
+            parameter(INNER, WIDTH),
+        )
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (torch.einsum("bnw,hwd->bhnd", x, weight) for weight in (self.q, self.k))
+        v = torch.einsum("bnw,hwd->bnhd", x, self.v) + self.bias
+        weights = (torch.einsum("bhid,bhjd->bhij", q, k) * HEAD**-0.5).softmax(-1)
+        return x + self.function(self, torch.einsum("bhij,bjhd->bihd", weights, v))
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))
+
+
 def open_heads(s: Any, y: torch.Tensor) -> torch.Tensor:
     return y.view(*y.shape[:2], -1, s.head_dim).transpose(1, 2)
 
@@ -138,6 +163,10 @@ def one_key(s: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return joined(weights @ v[:, None])
 
 
+def mixed(s: Any, y: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bnhe,hew->bnw", torch.einsum("bnhd,hde->bnhe", y, s.mix).relu(), s.narrow)
+
+
 def three_axes(s: Any, y: torch.Tensor) -> torch.Tensor:
     q, k, v = y.reshape(*y.shape[:2], 3, s.num_heads, s.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     return joined(F.scaled_dot_product_attention(q, k, v))
@@ -163,10 +192,6 @@ def chunked(s: Any, y: torch.Tensor) -> torch.Tensor:
     return joined(F.scaled_dot_product_attention(*(counted(s, p) for p in y.chunk(3, -1))))
 
 
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape))
-
-
 def stack(*layers: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*layers, nn.Linear(WIDTH, 3))
 
@@ -188,6 +213,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fused, split": (lambda: Fused(cut), "qkv:4"),
     "fused, chunks": (lambda: Fused(chunked), "qkv:4"),
     "fused, grouped": (lambda: Fused(grouped_pieces, 2 * INNER), "qkv:2"),
+    "three axes": (lambda: Stacked(lambda s, y: torch.einsum("bnhd,hdw->bnw", y, s.o)), "q:4 v:6"),
+    "three axes, mixed by head": (lambda: Stacked(mixed), "q:4 v:6 mix:5"),
+    "three axes, then two": (lambda: Stacked(lambda s, y: torch.einsum("bnk,kw->bnw", y.flatten(2), s.flat)), "q:4"),
     "torch's encoder layer": (
         lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 20, batch_first=True),
         "self_attn.in_proj_weight:4 linear1:20",

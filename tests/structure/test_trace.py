@@ -219,10 +219,34 @@ def test_a_name_to_ignore_must_match() -> None:
         trace(nn.Sequential(conv(3, 8), conv(8, 2)), (IMAGE,), ignore=["bodi"])
 
 
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (lambda s, x: s.a(x) if x.sum() > 0 else x, "if x.sum() > 0"),
+        (lambda s, x: s.a(x).repeat(int(x.max()), 1, 1, 1), "int(x.max())"),
+    ],
+)
+def test_a_model_that_branches_by_values_is_refused_where_it_does(function, line, make, capfd) -> None:
+    with pytest.raises(HapError, match="Net branches, loops or takes a size by the values of tensors") as caught:
+        trace(make(lambda: {"a": conv(3, 8)}, function), (IMAGE,))
+    assert "test_trace.py:" in caught.value.what and line in caught.value.what
+    assert "def forward" not in capfd.readouterr().err  # torch.export prints its graph
+
+
 def test_a_model_that_cannot_be_exported_is_refused(make) -> None:
-    model = make(lambda: {"a": conv(3, 8)}, lambda s, x: s.a(x) if x.sum() > 0 else x)
-    with pytest.raises(HapError, match="torch.export could not trace Net"):
-        trace(model, (IMAGE,))
+    with pytest.raises(HapError, match=r"could not trace Net, at .*test_trace.py:\d+ in .*numpy\(\)"):
+        trace(make(lambda: {"a": conv(3, 8)}, lambda s, x: torch.from_numpy(s.a(x).numpy())), (IMAGE,))
+
+
+def test_what_has_a_size_that_depends_on_data_stays(make) -> None:
+    def picked(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.d(s.c(s.a(x).mean((2, 3))).relu())
+        return s.b(y[x[:, 0, 0, 0] > 0.5])
+
+    layers = lambda: {"a": conv(3, 8), "c": nn.Linear(8, 7), "d": nn.Linear(7, 6), "b": nn.Linear(6, 2)}  # noqa: E731
+    structure = trace(make(layers, picked), (torch.rand(2, 3, 8, 8),))
+    assert {f.name for f in structure.families} == {"a", "c"}
+    assert any("a size that depends on data" in reason for reason in reasons(structure, "d.weight", 0))
 
 
 def test_the_model_is_left_alone(make) -> None:
@@ -245,3 +269,15 @@ def test_the_model_is_left_alone(make) -> None:
         want = gradients[name]
         assert parameter.grad is None if want is None else torch.equal(parameter.grad, want)
     assert list(model.a._forward_hooks) == [handle.id]
+
+
+def test_code_that_refuses_zeros_is_traced(make) -> None:
+    def lively(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.a(x)
+        if not torch.compiler.is_exporting() and not y.any():
+            raise ValueError("nothing there")
+        return s.b(y)
+
+    structure = trace(make(lambda: {"a": conv(3, 8), "b": conv(8, 4)}, lively), (IMAGE,))
+    assert structure.families == ()  # it cannot be tried, which needs zeros
+    assert any("nothing there" in reason for reason in reasons(structure, "a.weight", 0))

@@ -70,6 +70,13 @@ def test_the_configuration_stays_where_layers_differ(bert: nn.Module) -> None:
     assert small.config.num_attention_heads == 4
 
 
+def test_the_configuration_stays_where_a_layer_has_heads_that_stay(bert: nn.Module) -> None:
+    structure = hap.trace(bert, (), {"input_ids": TOKENS}, ignore=["*.layer.1.attention"])
+    small = hap.apply(bert, without(structure, lambda name: (0, 1)))
+    assert [layer.attention.self.num_attention_heads for layer in small.bert.encoder.layer] == [2, 4]
+    assert small.config.num_attention_heads == 4
+
+
 def test_groups_of_query_heads_leave_with_their_key_head() -> None:
     model = build("Llama", num_key_value_heads=2, use_cache=False)
     structure = hap.trace(model, (), {"input_ids": TOKENS})

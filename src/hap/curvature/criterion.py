@@ -89,7 +89,11 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a criterion returns; the fields are those of `hap.types.Sensitivity`."""
+    """What a criterion returns; the fields are those of `hap.types.Sensitivity`.
+
+    Attributes:
+        terms: the number of terms of the loss that the scores are means over; None for one of each example.
+    """
 
     samples: int
     draws: int
@@ -98,6 +102,7 @@ class Scores:
     filters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gram: torch.Tensor | None = None
+    terms: float | None = None
 
 
 class Criterion(ABC):
@@ -114,6 +119,7 @@ class Criterion(ABC):
             (``samples="auto"``).
         resumable: whether it reads batches by `Problem.share`, so that it can be interrupted (``state=``), and several
             processes share the work. If not, every process does all of it.
+        predicts_loss: whether its scores are estimates of how much the loss rises, in the loss's own unit.
         covers_data: whether its standard errors are from the spread over examples; else they hold given the data.
         label: the name in results, with the options that make another criterion of it.
 
@@ -139,6 +145,7 @@ class Criterion(ABC):
     watches: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     resumable: ClassVar[bool] = False
+    predicts_loss: ClassVar[bool] = False
     covers_data: ClassVar[bool] = False
 
     @property

@@ -32,6 +32,7 @@ class _GateCurvature(GateCriterion):
     """F as a sum of squares: criteria differ in the rows r, ``F_pq = sum r_p r_q``, that they take."""
 
     has_gram: ClassVar[bool] = True
+    predicts_loss: ClassVar[bool] = True
 
     def __init__(self, *, first_order: bool = False) -> None:
         self.first_order = first_order

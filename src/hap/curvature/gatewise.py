@@ -90,6 +90,7 @@ class GateCriterion(Criterion):
             filters={name: value for name, value in scores.filters.items() if name in seen},
             filters_stderr={name: value for name, value in scores.filters_stderr.items() if name in seen},
             gram=None if gram is None else gram.total() / moments.terms,
+            terms=moments.terms,
         )
 
     @abstractmethod

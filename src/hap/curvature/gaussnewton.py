@@ -38,6 +38,7 @@ class _GaussNewton(Criterion):
     default_draws: ClassVar[int] = 16
     additive: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
+    predicts_loss: ClassVar[bool] = True
 
     @property
     def role(self) -> Role:

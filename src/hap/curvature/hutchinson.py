@@ -34,6 +34,7 @@ class HessianTrace(Criterion):
     default_draws: ClassVar[int] = 16
     additive: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
+    predicts_loss: ClassVar[bool] = True
 
     def score(self, problem: Problem) -> Scores:
         """See the class.

@@ -59,6 +59,7 @@ class HessianQuadratic(Criterion):
     default_draws: ClassVar[int] = 16
     additive: ClassVar[bool] = True
     resumable: ClassVar[bool] = True
+    predicts_loss: ClassVar[bool] = True
     along: Along = "producers"
 
     @property

@@ -29,8 +29,7 @@ def until_settled(criterion: Criterion, problem: Problem, *, keep: float, risk: 
     """Scores from as many examples as it takes, `problem.samples` at most.
 
     Stops at the first look at which `misplaced` is below `MARGIN` times `risk`. Every chunk has random draws of its
-    own. Chunks are merged by their numbers of examples (Chan, Golub and LeVeque 1979); where a loss is a mean over
-    tokens, a chunk's tokens weigh more in a chunk of shorter texts. Logs a warning if the data or the cap ends first.
+    own. Logs a warning if the data or the cap ends first.
 
     Args:
         keep: the fraction of units that stays; the others, of the lowest scores, leave.
@@ -110,30 +109,41 @@ def need_additive(criterion: Criterion) -> None:
 class Merged:
     """Scores of disjoint chunks as if of one: means, and the standard errors that the examples' spread gives.
 
+    As `Moments` merges rows (Chan, Golub and LeVeque 1979), each chunk by its number of terms, such as tokens. For the
+    errors a chunk's examples count as if all had its mean number.
+
     Attributes:
         count: number of examples.
+        terms: number of terms.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.terms = 0.0
         self._freedom = -1  # degrees of freedom of the squares
         self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+        self._weights = 0.0  # sum of the squares of the examples' numbers of terms
         self._gram: torch.Tensor | None = None
         self._last: Scores | None = None
 
     def add(self, found: Scores, *, covers_data: bool) -> None:
         """Merge a chunk; `covers_data` as in `Criterion`: else a chunk is one draw, whatever its own error is."""
         size = found.samples
-        mean = _flat(found.scores, found.filters)
-        share = size / (self.count + size)
-        step = mean - self._mean
-        self._squares = self._squares + step.square() * (self.count * share)
+        terms = float(size) if found.terms is None else found.terms
+        share = terms / (self.terms + terms)
+        step = _flat(found.scores, found.filters) - self._mean
+        weights = terms**2 / size
+        apart = self._weights * share**2 + weights * (1 - share) ** 2
+        self._squares = self._squares + step.square() * apart
         if covers_data and size > 1:
-            self._squares = self._squares + _flat(found.stderr, found.filters_stderr).square() * (size * (size - 1))
+            own = _flat(found.stderr, found.filters_stderr).square() * (terms**2 * (size - 1) / size)
+            self._squares = self._squares + own
         self._mean = self._mean + step * share
         if found.gram is not None:
             self._gram = found.gram if self._gram is None else self._gram + (found.gram - self._gram) * share
         self.count += size
+        self.terms += terms
+        self._weights += weights
         self._freedom += size if covers_data else 1
         self._last = found
 
@@ -141,7 +151,7 @@ class Merged:
         """Standard errors, flat; NaN with nothing to tell them from."""
         if self._freedom < 1:
             return torch.full_like(self._mean, torch.nan)
-        return (self._squares / (self._freedom * self.count)).sqrt()
+        return (self._squares * (self.count / self._freedom)).sqrt() / self.terms
 
     def misplaced(self, keep: float) -> float:
         """`misplaced` of the units so far; NaN with too little to tell."""
@@ -157,7 +167,7 @@ class Merged:
         assert self._last is not None
         scores, filters = _like(self._mean, self._last)
         stderr, filters_stderr = _like(self.stderr(), self._last)
-        return Scores(self.count, self._last.draws, scores, stderr, filters, filters_stderr, self._gram)
+        return Scores(self.count, self._last.draws, scores, stderr, filters, filters_stderr, self._gram, self.terms)
 
 
 def _flat(units: Mapping[str, torch.Tensor], filters: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -7,16 +7,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from hap import batches
+from hap.batches import digest
 from hap.curvature.sums import Part
 from hap.errors import HapError
 from hap.types import Structure
@@ -130,13 +129,3 @@ def identity(model: nn.Module, structure: Structure, **options: object) -> dict[
         "weights": digest([*model.parameters(), *model.buffers()]),
         **{name: str(value) for name, value in options.items()},
     }
-
-
-def digest(tensors: Iterable[torch.Tensor] | batches.Batch) -> str:
-    """A short hash of the shapes, types and bytes of all tensors in a batch or a list."""
-    found = hashlib.sha256()
-    for tensor in pytree.tree_leaves(tensors):
-        if isinstance(tensor, torch.Tensor):
-            found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]

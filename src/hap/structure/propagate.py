@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
-from hap.structure.export import caller, is_pointwise, operator_name, parameter_names, shapes
+from hap.structure.export import caller, depends_on_data, is_pointwise, operator_name, parameter_names, shapes
 from hap.structure.rules import RULES, Context, freeze_all
 from hap.structure.rules.elementwise import elementwise
 from hap.structure.units import Units
@@ -101,11 +102,14 @@ def _call(context: Context, node: fx.Node, values: dict[fx.Node, Any], names: Na
     if name in _IGNORED:
         return None
     tensors = _tensors([args, kwargs])
+    if any(depends_on_data(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
+        freeze_all(context, tensors, f"{node.target} has to do with a size that depends on data")
+        return _plain(shape)
     if not any(v.factors for v in tensors) and name not in _CONSTANTS:
         return _plain(shape)
     context.where = name
     context.path = caller(node)
-    context.arg_names = [names.get(a) if isinstance(a, fx.Node) else None for a in node.args]
+    context.arg_names = [names.get(a) if isinstance(a, fx.Node) else None for a in pytree.tree_leaves(node.args)]
     rule = RULES.get(name) or (elementwise if is_pointwise(node) else None)
     if rule is None or shape is None:
         freeze_all(context, tensors, f"no rule for operator {node.target}")

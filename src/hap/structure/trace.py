@@ -92,14 +92,16 @@ def _training_calls(
     These cost nothing when the model is used, and nothing then tells how much their units matter:
     they stay.
     """
-    model.train()
+    for module in model.modules():
+        module.training = True
     try:
         calls = propagate(export(model, args, kwargs), units, model).layers
     except HapError as error:
         log.warning("parameters that only training mode reads stay as they are: %s", error.got)
         return []
     finally:
-        model.eval()
+        for module in model.modules():
+            module.training = False
     new = [dataclasses.replace(call, multiplications=0) for call in calls if call.weight not in known]
     for call in new:
         units.freeze(units.own(call.weight, call.output_axis, call.filters), "used in training mode only")

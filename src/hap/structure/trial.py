@@ -32,6 +32,14 @@ _HEAD = re.compile(r"(^|attention_|attn_)head_(size|dim|width)$|^dim_head$|^d_(k
 
 _SPLITS = (torch.ops.aten.split, torch.ops.aten.split_with_sizes)
 
+# The products, which are most of the work: the argument and its axis that the result has too.
+_PRODUCTS = {
+    torch.ops.aten.convolution.default: (0, 0),
+    torch.ops.aten.mm.default: (0, 0),
+    torch.ops.aten.addmm.default: (1, 0),
+    torch.ops.aten.bmm.default: (0, 1),
+}
+
 
 class Trial:
     """A model on example inputs, and what its code may have written down."""
@@ -49,7 +57,12 @@ class Trial:
         self.families = families
         self.tensors = describe(model)[0]
         self.places = _places(families, written, units)
-        self.shapes = self._run()
+        self.brief = True
+        try:
+            self.shapes = self._run()
+        except Exception:  # code that looks at values or strides raises any type
+            self.brief = False
+            self.shapes = self._run()
         self._known: dict[tuple[tuple[str, ...], tuple[Attribute, ...]], str | None] = {}
 
     def settle(self) -> tuple[tuple[Attribute, ...], dict[str, str]]:
@@ -157,7 +170,11 @@ class Trial:
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, dict(self.kwargs)))
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
-            with torch.no_grad(), torch.random.fork_rng(_devices(self.model)), _Inside(self.model) as inside:
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(_devices(self.model)),
+                _Inside(self.model, self.brief) as inside,
+            ):
                 outputs = self.model(*args, **kwargs)
         finally:
             settled_(self.model)
@@ -168,21 +185,41 @@ class Trial:
 
 
 class _Inside(TorchDispatchMode):
-    """Notes what must stay: whether the pieces of a split are alike, and what two activations are summed over."""
+    """Notes what must stay: whether the pieces of a split are alike, and what two activations are summed over.
 
-    def __init__(self, model: nn.Module) -> None:
+    If `brief`, the products give zeros of the right shape.
+    """
+
+    def __init__(self, model: nn.Module, brief: bool) -> None:
         super().__init__()
+        self.brief = brief
         self.found: list[int] = []
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._made: list[torch.Tensor] = []  # weights in another layout, kept so that nothing else takes their place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        brief = self.brief and func in _PRODUCTS and not kwargs
+        result = _briefly(func, *args) if brief else func(*args, **(kwargs or {}))
         if func.overloadpacket in _SPLITS:
             self.found.append(len({piece.shape for piece in result}) < 2)
         product = func.overloadpacket is torch.ops.aten.bmm or "scaled_dot_product" in func.__name__
-        if product and not any(factor.untyped_storage().data_ptr() in self._weights for factor in args[:2]):
+        if product and not any(self._is_weight(factor) for factor in args[:2]):
             self.found.append(args[0].shape[-1])
+        if func.overloadpacket is torch.ops.aten.clone and self._is_weight(args[0]):
+            self._made.append(result)
+            self._weights.add(result.untyped_storage().data_ptr())
         return result
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._weights
+
+
+def _briefly(product: Any, *args: Any) -> torch.Tensor:
+    """The product for no rows, which checks all other sizes, filled up with rows of zeros."""
+    place, axis = _PRODUCTS[product]
+    rows = args[place]
+    none = product(*args[:place], rows.narrow(axis, 0, 0), *args[place + 1 :])
+    return none.new_zeros((*rows.shape[: axis + 1], *none.shape[axis + 1 :]))
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

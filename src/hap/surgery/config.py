@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hap.planning import Plan
+from hap.surgery.carriers import stored
 from hap.types import Family
 
 _NAMES = (
@@ -21,8 +22,8 @@ _NAMES = (
 def counts(model: nn.Module, plan: Plan, *, dense: bool = False) -> list[tuple[Any, str, int]]:
     """Each configuration, with the name and the value of a number of heads that must follow the plan.
 
-    Where the layers of one configuration keep different shares of their heads, no number is right for
-    all, and theirs stays as it is.
+    Where the layers of one configuration keep different numbers of heads, or one of them has heads that must stay,
+    no number is right for all, and theirs stays as it is.
 
     Args:
         model: dense; or pruned, if `dense` values are asked for.
@@ -32,15 +33,15 @@ def counts(model: nn.Module, plan: Plan, *, dense: bool = False) -> list[tuple[A
     families: dict[int, list[Family]] = defaultdict(list)
     configs: dict[int, Any] = {}
     for family in plan.structure.families:
-        config = _config(model, family.roles("producer")[0].parameter) if family.kind == "head" else None
+        config = _config(model, _home(plan, family)) if family.kind == "head" else None
         if config is not None:
             configs[id(config)] = config
             families[id(config)].append(family)
-    found = []
+    found, decisions = [], stored(plan)
     for key, config in configs.items():
-        left = {len(plan.decisions[family.name].keep) for family in families[key]}
+        left = {len(decisions[family.name].keep) for family in families[key]}
         sizes = {family.size for family in families[key]}
-        if len(left) == len(sizes) == 1:
+        if len(left) == len(sizes) == 1 and not _others(model, plan, config, families[key]):
             (units,) = sizes if dense else left
             values = {name: value for name in _NAMES if isinstance(value := getattr(config, name, None), int)}
             keys = values.get("num_key_value_heads")  # each stands for a group of query heads, and is one unit
@@ -63,9 +64,24 @@ def dense_config(model: nn.Module, plan: Plan) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _config(model: nn.Module, parameter: str) -> Any:
-    """The configuration of the nearest module around a parameter that has one."""
-    path = parameter.rpartition(".")[0]
+def _others(model: nn.Module, plan: Plan, config: Any, families: list[Family]) -> bool:
+    """Whether there are attentions of the same types under this configuration whose heads are in no family."""
+    homes = {_home(plan, family) for family in families}
+    types = {type(model.get_submodule(home)) for home in homes}
+    return any(
+        type(module) in types and name not in homes and _config(model, name) is config
+        for name, module in model.named_modules()
+    )
+
+
+def _home(plan: Plan, family: Family) -> str:
+    """The module around the layer, or the parameter, that produces the heads."""
+    owner = family.roles("producer")[0].parameter.rpartition(".")[0]
+    return owner.rpartition(".")[0] if owner in {layer.module for layer in plan.structure.layers} else owner
+
+
+def _config(model: nn.Module, path: str) -> Any:
+    """The configuration of a module, or of the nearest one around it that has one."""
     while True:
         config = getattr(model.get_submodule(path), "config", None)
         if config is not None or not path:

@@ -31,31 +31,29 @@ def baddbmm(context: Context, shape: tuple[int, ...], bias: Value, first: Value,
 
 def _matmul(context: Context, shape: tuple[int, ...], pair: tuple[Value, Value], positions: tuple[int, int]) -> Value:
     """The product of two tensors that are the operator's arguments at these positions."""
-    batch, inner = len(shape) - 2, pair[0].shape[-1]
+    batch = len(shape) - 2
     if min(value.ndim for value in pair) < 2:
         raise TypeError("a vector")
     labels = ["".join(chr(97 + batch - v.ndim + 2 + i) for i in range(v.ndim - 2)) for v in pair]
     output = max(*labels, key=len) + "NM"
     terms = [(pair[0], labels[0] + "NK"), (pair[1], labels[1] + "KM")]
-    weights = [i for i in (0, 1) if context.tensor(positions[i]) is not None]
-    if len(weights) != 1:
-        return _product(context, shape, terms, output)
-    (place,) = weights
-    weight = pair[place]
-    if weight.ndim == 2:  # a layer has one input and one output axis
-        uses = math.prod(shape) * inner // math.prod(weight.shape)
-        record(context, weight, place, (), 1, False, uses, at=positions[place], bias=None)
-    return _product(context, shape, terms, output, _weight(context, terms[place], terms[1 - place], output))
+    return _weighted(context, shape, terms, output, positions)
 
 
 @rule("einsum")
 def einsum(context: Context, shape: tuple[int, ...], equation: str, tensors: Sequence[Value], **_: Any) -> Value:
-    """Labels in the output and in every operand are batch axes; labels that are summed over stay."""
+    """Labels in the output and in every operand are batch axes; labels that are summed over stay.
+
+    Of two operands one may be a weight, of any number of axes (heads, width, features): it reads what is summed over.
+    """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*terms, output)):
         raise TypeError("an ellipsis, a diagonal or no output")
-    return _product(context, shape, list(zip(tensors, terms, strict=True)), output)
+    pairs = list(zip(tensors, terms, strict=True))
+    if len(pairs) != 2:
+        return _product(context, shape, pairs, output)
+    return _weighted(context, shape, pairs, output, (1, 2))
 
 
 @rule("scaled_dot_product_attention")
@@ -90,6 +88,27 @@ def _repeated(value: Value, heads: int) -> Value:
     times = heads // value.shape[axis]
     factors = tuple(np.repeat(f, times, axis) if axis in support(f) else f for f in value.factors)
     return Value((*value.shape[:axis], heads, *value.shape[axis + 1 :]), factors)
+
+
+def _weighted(
+    context: Context,
+    shape: tuple[int, ...],
+    terms: Sequence[tuple[Value, str]],
+    output: str,
+    positions: tuple[int, int],
+) -> Value:
+    """The product of two tensors that are the operator's arguments at these positions; one may be a weight."""
+    weights = [i for i in (0, 1) if context.tensor(positions[i]) is not None]
+    if len(weights) != 1:
+        return _product(context, shape, terms, output)
+    (place,) = weights
+    weight, labels = terms[place]
+    read = _weight(context, terms[place], terms[1 - place], output)
+    written = [axis for axis, label in enumerate(labels) if label not in terms[1 - place][1]]
+    if len(labels) == 2 and len(read) == len(written) == 1:  # a layer has one input and one output axis
+        uses = math.prod(shape) // weight.shape[written[0]]
+        record(context, weight, written[0], (), 1, False, uses, at=positions[place], bias=None)
+    return _product(context, shape, terms, output, read)
 
 
 def _weight(context: Context, weight: tuple[Value, str], other: tuple[Value, str], output: str) -> set[str]:

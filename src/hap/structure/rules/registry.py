@@ -55,7 +55,8 @@ class Context:
         written: every place where the code may have sizes of units written down.
         where: the operator at hand, for messages.
         path: name of the module whose forward calls it.
-        arg_names: for each of its arguments, the name of the parameter or buffer that it is, if it is one.
+        arg_names: for each of its arguments (of a list, for each item), the name of the parameter or buffer that it is,
+            if it is one.
     """
 
     units: Units
