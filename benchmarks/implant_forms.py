@@ -33,7 +33,7 @@ def forms(
     setting = load(data)
     records = Records(results / "implant-forms.jsonl", samples=samples, test=test)
     calibration = setting.calibration(samples)
-    found = options(setting.model, setting.structure, calibration)
+    found = options(setting.model, setting.structure, calibration, forms=list(FORMS))
     for name, choices in found.items():
         layer = setting.structure.layer(name)
         for option in choices if layer.kernel else ():
@@ -72,7 +72,7 @@ def _undone(setting: Setting, layer: Layer, option: Option) -> Row:
 
 def _part(setting: Setting, name: str, option: Option) -> str:
     """The rank as it is comparable between layers: a share of the filters, or kernels for each channel."""
-    if option.form == "low-rank" and option.rank:
+    if option.form != "depthwise" and option.rank:
         return f"1/{round(setting.structure.layer(name).filters / option.rank)}"
     return str(option.rank or "")
 
@@ -97,7 +97,7 @@ def _start(
         best = next(o for o in found[name] if o.form == "pointwise").undone.argsort()
         rows = sorted(best[: round(HALF * len(best))].tolist())
         rank = next(o.rank for o in found[name] if (o.form, _part(setting, name, o)) == (form, part))
-        if rank is not None and form == "low-rank":
+        if rank is not None and form != "depthwise":
             rank = max(1, round(HALF * rank))
         implants[name] = Implant(tuple(rows), form, rank)
     plan = _plan(setting, implants)

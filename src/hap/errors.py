@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -68,4 +70,27 @@ def missing(need: str, package: str, extra: str, error: ImportError) -> HapError
         expected=f"an installation with the extra {extra!r}",
         got=str(error),
         remedy=f"pip install 'torch-hap[{extra}]'",
+    )
+
+
+def unwritable(path: str | os.PathLike[str], error: Exception) -> HapError:
+    """The error for a file or directory that could not be written.
+
+    Args:
+        path: where to.
+        error: an OSError, or what another library made of one.
+
+    >>> print(unwritable("run/plan.json", OSError(errno.ENOSPC, "No space left on device")))
+    could not write run/plan.json
+      expected: a writable place with enough space
+      got:      No space left on device
+      remedy:   free some space, or choose another disk
+    """
+    code, text = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+    full = code in (errno.ENOSPC, errno.EDQUOT)
+    return HapError(
+        f"could not write {os.fspath(path)}",
+        expected="a writable place with enough space",
+        got=text or str(error),
+        remedy="free some space, or choose another disk" if full else "check the path, its permissions and the space",
     )

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ Kind = Literal["channel", "neuron", "head"]
 T = TypeVar("T")
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]  # of labels and predictions, int64 (N,) on the CPU
+
+Log = Callable[[Mapping[str, float], int], Any]  # takes numbers by name, and the step; `Accelerator.log` is one
 
 IGNORED = "ignored by the caller"  # the reason of a `Frozen` axis of a module that is to be left alone
 
@@ -239,7 +241,7 @@ class Cost:
     Attributes:
         params, macs: exact.
         latency: milliseconds of a forward pass, by a table measured on the user's device; None without one.
-        heads: of the parameters, those in the projections of attention heads (W_Q, W_K, W_V, W_O).
+        heads: of the parameters, the weights of attention heads that can be pruned (W_Q, W_K, W_V, W_O; no biases).
     """
 
     params: int

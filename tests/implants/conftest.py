@@ -37,6 +37,7 @@ CASES = {
     "2d, same, reflect": (nn.Conv2d, 2, {"padding": "same", "padding_mode": "reflect"}),
     "1d, circular": (nn.Conv1d, 3, {"padding": 3, "padding_mode": "circular", "dilation": 2}),
     "3d": (nn.Conv3d, 3, {"padding": (1, 0, 1), "stride": (1, 2, 1)}),
+    "3d, 1 in the middle": (nn.Conv3d, (3, 1, 2), {"padding": 1, "stride": (2, 3, 1)}),
     "3d, replicate": (nn.Conv3d, (2, 3, 3), {"padding": 2, "padding_mode": "replicate"}),
     "depthwise": (nn.Conv2d, 3, {"padding": 1, "groups": 6}),
     "depthwise, strided, no bias": (nn.Conv2d, 3, {"padding": 1, "groups": 6, "stride": 2, "bias": False}),
@@ -63,7 +64,7 @@ def x(conv: _ConvNd) -> torch.Tensor:
     return torch.randn(3, 6, *SPATIAL[type(conv)], generator=generator, dtype=torch.float64)
 
 
-FORMS = {"pointwise": None, "low-rank": 2, "depthwise": 1, "depthwise, 2 kernels": 2}
+FORMS = {"pointwise": None, "low-rank": 2, "depthwise": 1, "depthwise, 2 kernels": 2, "spatial": 3, "tucker": 4}
 
 
 @pytest.fixture(params=FORMS)

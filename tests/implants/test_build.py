@@ -6,7 +6,9 @@ from torch import nn
 
 from hap.implants import Fitted, Target, build, form_of, from_weights
 
-FORMS = pytest.mark.parametrize(("form", "rank"), [("pointwise", None), ("low-rank", 2), ("depthwise", 2)])
+FORMS = pytest.mark.parametrize(
+    ("form", "rank"), [("pointwise", None), ("low-rank", 2), ("depthwise", 2), ("spatial", 1), ("tucker", 2)]
+)
 
 
 def test_implants_at_the_end_need_no_gather(implant) -> None:
@@ -106,3 +108,13 @@ def test_the_layer_shares_no_memory_with_the_implant() -> None:
         for parameter in module.parameters():
             parameter.fill_(7)
     assert all(torch.equal(a, b) for a, b in zip(before, mine, strict=True))
+
+
+def test_several_kernels_for_each_channel_are_one_depthwise_layer(implant) -> None:
+    """A call costs more than the arithmetic on few channels; the same shape for every group keeps the fast kernel."""
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    repeat, kernels, mixture = implant(conv, range(4), "depthwise", 2).implant
+    assert repeat.copies == 2 and repr(repeat) == "Repeat(copies=2)"
+    assert (kernels.in_channels, kernels.out_channels, kernels.groups) == (8, 8, 8)
+    assert (mixture.in_channels, mixture.kernel_size) == (8, (1, 1))
+    assert len(implant(conv, range(4), "depthwise", 1).implant) == 2  # nothing to repeat

@@ -41,7 +41,7 @@ def test_implanted_and_merged_are_the_dense_equivalent(conv, x, form, implant, l
     name, rank = form
     form = form_of(name)
     if not form.applies(layer_of(conv)):
-        pytest.skip("has groups")
+        pytest.skip("not a layer for this form")
     for rows in choices(conv):
         factors = random_factors(form, conv, rows, rank)
         bias = None if conv.bias is None else torch.arange(1.0, len(rows) + 1).double()
@@ -49,7 +49,7 @@ def test_implanted_and_merged_are_the_dense_equivalent(conv, x, form, implant, l
         module = implant(conv, rows, name, rank, Fitted(target, factors, bias))
         block = conv.out_channels // conv.groups
         groups = len(rows) // block if conv.groups > 1 else 1
-        want = filled(conv, rows, form.dense(factors, Geometry.of(conv).grouped(groups)), bias)(x)
+        want = filled(conv, rows, form.dense(factors, Geometry.of(conv).grouped(groups), rank), bias)(x)
         torch.testing.assert_close(module(x), want, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(module.merged()(x), want, rtol=1e-11, atol=1e-11)
         assert type(module.merged()) is type(conv) and module.merged().weight.shape == conv.weight.shape
@@ -60,7 +60,7 @@ def test_implanted_and_merged_are_the_dense_equivalent(conv, x, form, implant, l
 def test_gradients_are_the_dense_equivalents(conv, x, form, implant, layer_of) -> None:
     name, rank = form
     if not form_of(name).applies(layer_of(conv)):
-        pytest.skip("has groups")
+        pytest.skip("not a layer for this form")
     module = implant(conv, choices(conv)[2], name, rank)
     gradients = []
     for layer in (module, module.merged()):
@@ -74,17 +74,19 @@ def test_weights_are_counted_exactly(conv, form, implant, layer_of) -> None:
     name, rank = form
     layer = layer_of(conv)
     if not form_of(name).applies(layer):
-        pytest.skip("has groups")
+        pytest.skip("not a layer for this form")
     for rows in choices(conv):
         module = implant(conv, rows, name, rank)
-        count = sum(p.numel() for n, p in module.implant.named_parameters() if n.endswith("weight"))
+        found = tuple(tuple(factor.shape) for factor in module.factors())
+        assert found == form_of(name).shapes(layer, len(rows), conv.weight.shape[1], rank)
+        count = sum(factor.numel() for factor in module.factors())
         assert count == form_of(name).weights(layer, len(rows), conv.weight.shape[1], rank)
 
 
-@pytest.mark.parametrize("form", ["low-rank", "depthwise"])
+@pytest.mark.parametrize("form", ["low-rank", "depthwise", "spatial", "tucker"])
 def test_a_rank_has_a_limit(form, implant, layer_of) -> None:
-    """The number of rows, or of taps: more is neither made nor paid for."""
-    conv = nn.Conv2d(3, 4, (1, 3), padding=(0, 1))
+    """The number of rows, inputs or taps: more is neither made nor paid for."""
+    conv = nn.Conv2d(3, 4, (2, 3), padding=(0, 1))
     module = implant(conv, [0, 1], form, 100)
     count = sum(factor.numel() for factor in module.factors())
     assert count == form_of(form).weights(layer_of(conv), 2, 3, 100)
@@ -96,22 +98,24 @@ def test_what_has_the_form_already_is_found_again(conv, x, form, layer_of) -> No
     name, rank = form
     form, geometry = form_of(name), Geometry.of(conv)
     if not form.applies(layer_of(conv)):
-        pytest.skip("has groups")
+        pytest.skip("not a layer for this form")
     every = [i for chosen in choices(conv)[4:] for i in chosen]
     factors = random_factors(form, conv, every, rank)
     with torch.no_grad():
-        conv.weight.copy_(form.dense(factors, geometry))
+        conv.weight.copy_(form.dense(factors, geometry, rank))
     target = Target(every, range(conv.weight.shape[1]), form, rank)
     fits = from_weights(conv, target), least_squares(nn.Sequential(conv), {"0": target}, [(x, None)])["0"]
     for fitted in fits:
-        torch.testing.assert_close(form.dense(fitted.factors, geometry), conv.weight.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            form.dense(fitted.factors, geometry, rank), conv.weight.detach(), rtol=1e-4, atol=1e-4
+        )
         if conv.bias is not None:
             torch.testing.assert_close(fitted.bias, conv.bias.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_every_form_is_in_these_tests(form) -> None:
     assert form[0] in FORMS
-    assert {"pointwise", "low-rank", "depthwise"} == set(FORMS)
+    assert {"pointwise", "low-rank", "depthwise", "spatial", "tucker"} == set(FORMS)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,8 @@ def test_every_form_is_in_these_tests(form) -> None:
     [
         (nn.Linear(4, 6), {"low-rank"}),
         (nn.Conv2d(4, 6, 1), {"low-rank"}),
-        (nn.Conv2d(4, 6, (1, 3)), {"pointwise", "low-rank", "depthwise"}),
+        (nn.Conv2d(4, 6, (1, 3)), {"pointwise", "low-rank", "depthwise", "tucker"}),
+        (nn.Conv2d(4, 6, (2, 3)), {"pointwise", "low-rank", "depthwise", "tucker", "spatial"}),
         (nn.Conv2d(4, 8, 3, groups=2), {"pointwise"}),
         (nn.Conv1d(4, 4, 3, groups=4), {"pointwise"}),
     ],
@@ -159,17 +164,17 @@ def test_a_form_of_the_users(implant, monkeypatch) -> None:
         def applies(self, layer):
             return not layer.kernel
 
-        def weights(self, layer, rows, columns, rank):
-            return columns + rows
+        def shapes(self, layer, rows, columns, rank):
+            return (1, columns), (rows, 1)
 
         def fit(self, moments, geometry, rank):
             free = moments.solution()[0]
             return free.mean(0, keepdim=True), free.new_ones(len(free), 1)
 
-        def build(self, factors, bias, geometry):
+        def build(self, factors, bias, geometry, rank):
             return nn.Sequential(geometry.layer(factors[0], None), geometry.layer(factors[1], bias))
 
-        def dense(self, factors, geometry):
+        def dense(self, factors, geometry, rank):
             return factors[1] @ factors[0]
 
     monkeypatch.setitem(FORMS, "mean", Mean())

@@ -20,6 +20,8 @@ KINDS = {
     "low-rank": ([4, 5], 1, "low-rank", 2),
     "depthwise": ([4, 5], 1, "depthwise", 1),
     "depthwise, 2 kernels": (range(6), 1, "depthwise", 2),
+    "spatial": ([4, 5], 1, "spatial", 2),
+    "tucker": (range(6), 1, "tucker", 3),
     "linear": ([4, 5], 0, "low-rank", 2),
 }
 

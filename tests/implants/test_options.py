@@ -69,7 +69,7 @@ def test_undone_is_what_the_fit_misses_of_the_variance(net, data, structure) -> 
             biased.bias.data = torch.zeros(len(layer.weight), dtype=torch.float64)
             fitted = least_squares(nn.Sequential(biased), {"0": target}, [(x, None)])["0"]
             with torch.no_grad():
-                weight = target.form.dense(fitted.factors, Geometry.of(layer))
+                weight = target.form.dense(fitted.factors, Geometry.of(layer), target.rank)
                 biased.weight.data = weight
                 missed = y - biased(x)
             want = missed.movedim(axis, 0).flatten(1).var(1) / rows.var(1)
@@ -86,7 +86,8 @@ def arguments(layer: nn.Module) -> dict[str, object]:
 def test_offers_what_applies_and_costs_less(net, data, structure) -> None:
     found = options(net, structure, data)
     assert list(found) == ["stem", "inner", "depthwise", "fc"]
-    assert {option.form for option in found["inner"]} == {"pointwise", "low-rank", "depthwise"}
+    assert {option.form for option in found["stem"]} == {"pointwise", "depthwise", "spatial"}
+    assert {option.form for option in found["inner"]} == {"pointwise", "low-rank", "depthwise"}  # strided
     assert {option.form for option in found["depthwise"]} == {"pointwise"}
     assert {option.form for option in found["fc"]} == {"low-rank"}
     for name, choices in found.items():
@@ -107,6 +108,12 @@ def test_higher_ranks_leave_less_undone(net, data, structure) -> None:
 def test_forms_and_layers_can_be_chosen(net, data, structure) -> None:
     found = options(net, structure, data, forms=["pointwise"], layers=["inner"])
     assert [(name, [o.form for o in choices]) for name, choices in found.items()] == [("inner", ["pointwise"])]
+    found = options(net, structure, data, forms=["tucker", "low-rank"])
+    assert {name: {o.form for o in choices} for name, choices in found.items()} == {
+        "stem": {"tucker", "low-rank"},
+        "inner": {"low-rank"},  # strided: a part of a tucker form would read what is left out
+        "fc": {"low-rank"},
+    }
     with pytest.raises(hap.HapError, match="unknown implant form 'pontwise'"):
         options(net, structure, data, forms=["pontwise"])
     with pytest.raises(hap.HapError, match="no data"):
@@ -139,7 +146,9 @@ def test_dead_filters_leave_nothing_undone(net, data, structure) -> None:
 
 def test_a_filter_of_a_form_leaves_nothing_undone(net, data, structure) -> None:
     target = Target(range(12), range(8), form_of("pointwise"))
-    net.inner.weight.data = form_of("pointwise").dense(from_weights(net.inner, target).factors, Geometry.of(net.inner))
+    net.inner.weight.data = form_of("pointwise").dense(
+        from_weights(net.inner, target).factors, Geometry.of(net.inner), None
+    )
     found = options(net, structure, data)["inner"]
     assert {o.form: float(o.undone.max()) < 1e-5 for o in found if o.form != "low-rank"} == {
         "pointwise": True,

@@ -79,6 +79,8 @@ def test_widths_as_counts(structure) -> None:
         ({"minimum": {"inner": 0}}, "minimum of 'inner' is out of range"),
         ({"minimum": {"inner": 1.5}}, "minimum of 'inner' is out of range"),
         ({"maximum": {"inner": True}}, "maximum of 'inner' is out of range"),
+        ({"floor": 2.0}, "floor is out of range"),
+        ({"round_to": 4.0}, "round_to is out of range"),
         ({"minimum": {"inner": 5}, "maximum": {"inner": 3}}, "no width is left for family 'inner'"),
         ({"maximum": {"inner": 3}, "round_to": 4}, "no width is left for family 'inner'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from torch import nn
 
 import hap
 from hap import Budget, HapError, decide
-from hap.planning import Latency, latency_profile, time_layers
+from hap.implants import FORMS, Option
+from hap.planning import Latency, latency_profile, time_layers, ways
+from hap.planning.latency_cache import LatencyCache
 from hap.planning.latency_table import Grid, LatencyTable
 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Instead of seconds: parameters / 1000; the whole model takes twice its layers. Notes what was timed."""
+    """Instead of seconds: parameters / 1000, or elements; the model takes twice its layers. Notes what was timed."""
     seen: list[str] = []
 
     def count(models, args, **_):
@@ -26,8 +29,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for name, model in models.items():
             model()  # it runs
             seen.append(name)
-            took = sum(p.numel() for p in model.parameters()) / 1000
-            found[name] = Latency(2 * took if name == "dense" else took, 0, 0, 1, 1)
+            elements = model.args[0].numel() if isinstance(model.module, nn.ReLU) else 0
+            took = sum(p.numel() for p in model.parameters()) / 1000 + elements
+            found[name] = Latency(0, 0, 0, 1, 1, least=2 * took if name == "dense" else took)
         return found
 
     monkeypatch.setattr(latency_profile, "measure_latency", count)
@@ -38,6 +42,17 @@ def test_the_dense_models_time_is_what_was_measured(net, structure, inputs, time
     table = time_layers(net, structure, (inputs,))
     dense = hap.CostModel(structure, table).dense
     assert dense.latency == pytest.approx(2 * sum(p.numel() for p in net.parameters()) / 1000)
+
+
+def test_what_lies_between_the_layers_shrinks_as_operations_on_their_outputs_do(timed) -> None:
+    """By the clock of this test in proportion to the elements, and all of it together is what is left of the model."""
+    model, x = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.zeros(1, 2, 8, 8)
+    table = time_layers(model, hap.trace(model, (x,)), (x,))
+    first, second = table.between["0"], table.between["2"]
+    whole = sum(p.numel() for p in model.parameters()) / 1000
+    assert first.at(8, 1) + second.at(4, 1) == pytest.approx(whole)
+    assert first.at(8, 1) / second.at(4, 1) == pytest.approx(8 * 36 / (4 * 16))
+    assert first.at(4, 1) == pytest.approx(first.at(8, 1) / 2) and table.scale == 1
 
 
 def test_narrower_layers_take_the_time_of_their_own_size(timed) -> None:
@@ -54,11 +69,11 @@ def test_narrower_layers_take_the_time_of_their_own_size(timed) -> None:
         grid, weight = table.layers[layer.module], model.get_submodule(layer.module).weight
         assert grid.rows[-1] == weight.shape[layer.output_axis]
         assert grid.columns[-1] == weight.shape[1 - layer.output_axis]
-        for i, rows in enumerate(grid.rows.tolist()):
-            for j, columns in enumerate(grid.columns.tolist()):
+        for i, rows in enumerate(grid.rows):
+            for j, columns in enumerate(grid.columns):
                 biases = rows * (layer.groups if layer.transposed else 1)
                 taken = rows * columns * int(np.prod(layer.kernel)) + biases
-                assert grid.milliseconds[i, j] == pytest.approx(taken / 1000), (layer.module, rows, columns)
+                assert grid.milliseconds[i][j] == pytest.approx(taken / 1000), (layer.module, rows, columns)
     assert len(table.layers["1"].rows) > 2 and len(table.layers["1"].columns) == 1  # depthwise: only rows shrink
 
 
@@ -71,17 +86,143 @@ def test_a_latency_budget_is_met(net, structure, inputs, sensitivity, timed) -> 
 
 
 def test_interpolation() -> None:
-    grid = Grid(np.array([2, 4]), np.array([1, 3, 5]), np.array([[1.0, 2.0, 5.0], [3.0, 6.0, 7.0]]))
-    rows, columns = np.array([2, 4, 3, 3, 9, 1]), np.array([1, 5, 1, 4, 9, 0])
-    assert grid.at(rows, columns).tolist() == [1.0, 7.0, 2.0, 5.0, 7.0, 1.0]
-    table = LatencyTable("here", 2.0, {"a": grid})
-    assert table.milliseconds("a", rows[:1], columns[:1]).tolist() == [2.0]
-    assert table.milliseconds("never runs", rows, columns) == 0
+    grid = Grid([2, 4], [1, 3, 5], [[1.0, 2.0, 5.0], [3.0, 6.0, 7.0]])
+    widths = [(2, 1), (4, 5), (3, 1), (3, 4), (9, 9), (1, 0)]
+    assert [grid.at(*width) for width in widths] == [1.0, 7.0, 2.0, 5.0, 7.0, 1.0]
+    table = LatencyTable("here", 0.5, {"a": grid})
+    assert table.milliseconds("a", 2, 1) == 0.5
+    assert table.milliseconds("never runs", 2, 1) == 0
 
 
 def test_noise_does_not_make_narrow_layers_slow() -> None:
-    times = np.array([[5.0, 2.0], [1.0, 3.0]])
-    assert latency_profile._falling(times).tolist() == [[1.0, 2.0], [1.0, 3.0]]
+    assert latency_profile._falling([[5.0, 2.0], [1.0, 3.0]]) == [[1.0, 2.0], [1.0, 3.0]]
+
+
+WAY = ("low-rank", 2)
+
+
+def test_an_implanted_layer_is_two_parts_and_what_joins_them() -> None:
+    """What lies between the layers is as for the full layer; a part that is not there takes no time."""
+    implants, joins = {"a": {WAY: Grid([2], [1], [[0.5]])}}, {"a": Grid([4], [1], [[0.25]])}
+    between = {"a": Grid([4], [1], [[7.0]])}
+    table = LatencyTable("here", 0.8, {"a": Grid([2, 4], [1], [[2.0], [4.0]])}, implants, joins, between)
+    assert table.milliseconds("a", 4, 1) == pytest.approx(0.8 * 4 + 7)
+    assert table.milliseconds("a", 4, 1, 2, WAY) == pytest.approx(0.8 * (2 + 0.5 + 0.25) + 7)
+    assert table.milliseconds("a", 4, 1, 4, WAY) == pytest.approx(0.8 * 0.5 + 7)
+    with pytest.raises(HapError, match="no times of pointwise implants in 'a'"):
+        table.milliseconds("a", 4, 1, 2, ("pointwise", None))
+
+
+def test_implants_take_the_time_of_their_own_size(net, structure, inputs, timed) -> None:
+    """Every form that applies, in a dense, a grouped and a linear layer, at all widths of the grid."""
+    layers = [structure.layer(name) for name in ("back", "narrow", "hidden")]
+    ways = {
+        layer.module: [
+            (name, rank)
+            for name, form in FORMS.items()
+            if form.applies(layer)
+            for rank in form.ranks(layer, layer.filters, structure.tensors[layer.weight].shape[1])[-1:]
+        ]
+        for layer in layers
+    }
+    table = time_layers(net, structure, (inputs,), implants=ways)
+    assert {form for found in ways.values() for form, _ in found} == set(FORMS)
+    for layer in layers:
+        bias = net.get_submodule(layer.module).bias is not None
+        assert list(table.implants.get(layer.module, {})) == ways[layer.module]
+        for way, grid in table.implants.get(layer.module, {}).items():
+            for i, rows in enumerate(grid.rows):
+                for j, columns in enumerate(grid.columns):
+                    expected = FORMS[way[0]].weights(layer, rows, columns, way[1]) + bias * rows
+                    assert grid.milliseconds[i][j] <= expected / 1000 + 1e-12  # noise is evened out downwards
+            assert grid.milliseconds[-1][-1] == pytest.approx(expected / 1000)
+            assert table.joins[layer.module].at(layer.filters, 1) == 0
+
+
+def test_options_are_the_ways_to_time(structure) -> None:
+    given = {"back": (Option("pointwise", None, torch.ones(8)), Option("depthwise", 2, torch.ones(8)))}
+    assert ways(structure, given, mode="optimal") == {"back": (("pointwise", None), ("depthwise", 2))}
+    papers = ways(structure, {}, mode="paper")
+    assert papers["back"] == (("pointwise", None),) and "pointwise" not in papers and "head" not in papers
+
+
+def slow_implants(structure: hap.Structure, factor: float) -> LatencyTable:
+    """Layers take a millisecond for each of their filters' inputs, pointwise implants `factor` of that."""
+    layers, implants, joins = {}, {}, {}
+    for layer in structure.layers:
+        shape = structure.tensors[layer.weight].shape
+        rows, columns = [1, shape[layer.output_axis]], [1, shape[1 - layer.output_axis]]
+        layers[layer.module] = Grid(rows, columns, [[float(r * c) for c in columns] for r in rows])
+        grid = Grid(rows, columns, [[factor * r * c for c in columns] for r in rows])
+        implants[layer.module] = {("pointwise", None): grid}
+        joins[layer.module] = Grid(rows, [1], [[0.1], [0.1]])
+    return LatencyTable("nowhere", 1.0, layers, implants, joins)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("factor", [0.1, 0.9, 3.0, 1e6])
+def test_implants_do_not_make_the_model_slower(structure, sensitivity, factor, joint) -> None:
+    """Also where a plan for parameters alone would; and a plan never loses more than one without implants."""
+    given, table = sensitivity(structure), slow_implants(structure, factor)
+    if joint:
+        scores = torch.cat([given.scores[f.name] for f in structure.families])
+        given = dataclasses.replace(given, gram=torch.diag(2 * scores) + 0.05)
+    undone = torch.full((12,), 0.1, dtype=torch.float64)
+    offered = {
+        layer.module: (Option("pointwise", None, undone[: layer.filters]),)
+        for layer in structure.layers
+        if layer.kernel == (3, 3) and layer.module != "depthwise"
+    }
+
+    def plan(budget: Budget, **more) -> hap.Plan:
+        return decide(structure, given, budget, mode="optimal", latency=table, **more)
+
+    free, held = plan(Budget(params=0.5), options=offered), plan(Budget(params=0.5, latency=1.0), options=offered)
+    alone = plan(Budget(params=0.5, latency=1.0))
+    assert free.implants and (factor < 1 or free.small.latency > free.dense.latency)
+    assert held.small.latency <= held.dense.latency and held.small.params <= 0.5 * held.dense.params
+    assert free.predicted <= held.predicted * 1.02 and held.predicted <= alone.predicted
+    assert (
+        held.small.latency
+        == pytest.approx(by_hand(held, table))
+        == pytest.approx(
+            hap.CostModel(structure, table)(
+                {name: np.isin(np.arange(structure.family(name).size), d.prune) for name, d in held.decisions.items()},
+                held.implants,
+            ).latency
+        )
+    )
+    assert bool(held.implants) == (factor < 1e6)
+
+
+def by_hand(plan: hap.Plan, table: LatencyTable) -> float:
+    """The latency of a plan, layer by layer."""
+    total = 0.0
+    for layer in plan.structure.layers:
+        shape = list(plan.structure.tensors[layer.weight].shape)
+        for name, decision in plan.decisions.items():
+            for member in plan.structure.family(name).members:
+                if member.parameter == layer.weight:
+                    shape[member.axis] -= len(decision.prune) * len(member.indices[0])
+        implant = plan.implants.get(layer.module)
+        share = (len(implant.indices), (implant.form, implant.rank)) if implant else ()
+        total += table.milliseconds(layer.module, shape[layer.output_axis], shape[1 - layer.output_axis], *share)
+    return total
+
+
+def test_a_plan_needs_the_times_of_its_implants(net, structure, inputs, sensitivity, timed) -> None:
+    table = time_layers(net, structure, (inputs,))
+    offered = {"back": (Option("pointwise", None, torch.zeros(8)),)}
+    with pytest.raises(HapError, match="no times of pointwise implants in 'back'"):
+        decide(structure, sensitivity(structure), Budget(latency=0.6), mode="optimal", options=offered, latency=table)
+
+
+def test_timing_draws_nothing() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)), torch.zeros(1, 3, 4, 4)
+    structure = hap.trace(model, (x,))
+    before = torch.get_rng_state()
+    time_layers(model, structure, (x,), implants={"0": [("pointwise", None)]})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_cache_saves_measuring(net, structure, inputs, timed, tmp_path: Path) -> None:
@@ -94,6 +235,24 @@ def test_the_cache_saves_measuring(net, structure, inputs, timed, tmp_path: Path
     (device,) = json.loads(path.read_text())
     assert "torch" in device and first.device == device
     assert [p.name for p in path.parent.iterdir()] == ["latency.json"]
+
+
+def test_two_runs_share_a_cache(tmp_path: Path) -> None:
+    """Both began before either wrote."""
+    one, other = (LatencyCache(tmp_path / "latency.json", torch.device("cpu")) for _ in range(2))
+    one.put("a", 1.0)
+    one.write()
+    other.put("b", 2.0)
+    other.write()
+    both = LatencyCache(tmp_path / "latency.json", torch.device("cpu"))
+    assert (both.get("a"), both.get("b")) == (1.0, 2.0)
+
+
+def test_implants_are_kept_in_the_cache(net, structure, inputs, timed, tmp_path: Path) -> None:
+    given = {"cache": tmp_path / "latency.json", "implants": ways(structure, {}, mode="paper")}
+    first = time_layers(net, structure, (inputs,), **given)
+    timed.clear()
+    assert time_layers(net, structure, (inputs,), **given) == first and not timed
 
 
 def test_another_input_is_measured_anew(net, structure, inputs, timed, tmp_path: Path) -> None:
@@ -123,6 +282,13 @@ def test_a_model_without_layers_that_run_is_refused(timed) -> None:
         time_layers(model, hap.Structure((), (), (), {}, {}), (torch.zeros(1, 2),))
 
 
-def test_a_real_measurement(net, structure, inputs) -> None:
-    table = time_layers(net, structure, (inputs,))
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_real_measurement(memory) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=memory)
+    x = torch.zeros(1, 3, 8, 8).contiguous(memory_format=memory)
+    structure = hap.trace(model, (x,))
+    table = time_layers(model, structure, (x,), implants={"2": [("pointwise", None), ("depthwise", 1)]})
     assert hap.CostModel(structure, table).dense.latency > 0
+    assert table.joins["2"].at(4, 1) > 0 and not table.implants.get("0")
+    assert all(np.array(grid.milliseconds).min() > 0 for grid in table.implants["2"].values())
+    assert len(table.layers["2"].rows) > 1  # its filters may not leave, but be implanted

@@ -183,6 +183,21 @@ def test_the_budget_is_used(resnet, sensitivity, budget, joint) -> None:
         assert (0.995 if budget.params else 0.96) <= max(used) <= 1
 
 
+@pytest.mark.parametrize("budget", [Budget(params=0.5), Budget(macs=0.5), Budget(params=0.6, macs=0.5)], ids=str)
+def test_nothing_that_would_fit_is_left_out(resnet, sensitivity, budget) -> None:
+    """One unit more, or one implant less, of any family or layer breaks the budget."""
+    cost, offered = CostModel(resnet), options(resnet, ("layer1.0.conv2", "layer3.1.conv2"), 0)
+    plan = decide(resnet, sensitivity(resnet), budget, mode="optimal", options=offered)
+    gone = np.array([len(plan.decisions[f.name].prune) for f in resnet.families])
+    shares = {name: Share(len(i.indices), i.form, i.rank) for name, i in plan.implants.items()}
+    assert shares and gone.any() and _fits(cost, tuple(gone), shares, budget)
+    for family in np.flatnonzero(gone).tolist():
+        assert not _fits(cost, tuple(gone - (np.arange(len(gone)) == family)), shares, budget)
+    for name, share in shares.items():
+        fewer = {**shares, name: Share(share.rows - 1, share.form, share.rank)}
+        assert not _fits(cost, tuple(gone), fewer, budget)
+
+
 def test_the_promised_cost_is_the_real_one(net, structure, sensitivity, inputs, real_cost) -> None:
     offered = {
         "back": (Option("pointwise", None, torch.full((8,), 0.1)), Option("low-rank", 2, torch.full((8,), 0.05))),

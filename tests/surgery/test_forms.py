@@ -17,6 +17,7 @@ FORMS = {
     "pointwise": {"stem": Implant((0, 3), "pointwise"), "inner": Implant((2, 4), "pointwise")},
     "low-rank": {"inner": Implant((2, 4, 5), "low-rank", 1), "fc": Implant((1, 2, 3), "low-rank", 2)},
     "depthwise": {"stem": Implant((0, 3), "depthwise", 1), "inner": Implant((1, 2, 4, 5), "depthwise", 2)},
+    "spatial and tucker": {"stem": Implant((0, 3), "tucker", 1), "inner": Implant((1, 2, 4, 5), "spatial", 2)},
     "all of a layer": {"stem": Implant((0, 2, 3, 5, 6, 7), "low-rank", 2), "fc": Implant((0, 1, 2, 3), "low-rank", 1)},
     "groups": {"depthwise": Implant((3, 5, 6), "pointwise"), "stem": Implant((5, 6), "depthwise", 1)},
 }
@@ -78,7 +79,7 @@ def test_the_refit_comes_nearer_to_the_dense_layers(net, made) -> None:
     assert {name: p.shape for name, p in small.named_parameters()} == shapes
 
 
-@pytest.mark.parametrize(("form", "rank"), [("pointwise", None), ("low-rank", 2), ("depthwise", 1)])
+@pytest.mark.parametrize(("form", "rank"), [("pointwise", None), ("low-rank", 2), ("depthwise", 1), ("spatial", 2)])
 def test_refit_of_an_implant_is_its_fit(net, form, rank) -> None:
     """Where nothing else changed, the refit with no pull is the least-squares fit of `apply`."""
     net = net.double().eval()

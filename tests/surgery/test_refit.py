@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import hap
+from hap import zoo
+from hap.attention import opened
+from hap.surgery.refit import _jobs
 
 
 def sensitivity(structure: hap.Structure, seed: int = 0) -> hap.Sensitivity:
@@ -83,6 +88,127 @@ def test_a_linear_consumer_is_ridge_regression() -> None:
         )
     assert torch.allclose(small[2].weight, weight.T)
     assert torch.allclose(small[2].bias, want.mean(0) - hidden.mean(0) @ weight)
+
+
+class _Reached(Exception):
+    """Ends a forward pass."""
+
+
+def reached(model: nn.Module, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a module reads and gives in the forward pass."""
+    caught = []
+
+    def stop(_, args, output) -> None:
+        caught.append((args[0], output))
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    with pytest.raises(_Reached):
+        model(x)
+    handle.remove()
+    return caught[0]
+
+
+@torch.no_grad()
+def one_by_one(small: nn.Module, model: nn.Module, plan: hap.Plan, data: Sequence[tuple[torch.Tensor, object]]) -> None:
+    """The refit with a pass of both models up to each layer."""
+    jobs = _jobs(small, model, plan, 1 << 30)
+    with opened(small), opened(model):
+        for job in jobs.values():
+            ends = [(reached(small, job.entry, x)[0], reached(model, job.dense, x)[1]) for x, _ in data]
+            job.solve(ends, 1e-3)
+
+
+def encoder() -> nn.Module:
+    layer = lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)  # noqa: E731
+    return nn.Sequential(nn.Linear(5, 8), layer(), layer(), nn.Linear(8, 3))
+
+
+CASES = {
+    "residual": (Residual, [(16, 2, 7, 7), (5, 2, 6, 6)], 0.3),
+    "resnet": (lambda: zoo.build("resnet20"), [(4, 3, 32, 32), (3, 3, 32, 32)], 0.1),
+    "transformer": (encoder, [(6, 4, 5), (3, 7, 5), (1, 2, 5)], 0.3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_does_what_a_pass_for_each_layer_does(case: str) -> None:
+    build, shapes, ratio = CASES[case]
+    model = seeded(build)
+    data = [(images(*shape), None) for shape in shapes]
+    structure = hap.trace(model, (data[0][0],))
+    plan = hap.decide(structure, sensitivity(structure), hap.Budget(params=0.6), implant_ratio=ratio)
+    small, want = hap.apply(model, plan, data), hap.apply(model, plan, data)
+    cut = small(data[0][0])
+    hap.refit_(small, model, plan, data)
+    one_by_one(want, model, plan, data)
+    for x, _ in data:
+        assert torch.allclose(small(x), want(x), rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(small(data[0][0]), cut, rtol=1e-3)
+
+
+def test_each_model_runs_over_the_data_once(setting) -> None:
+    model, data, plan = setting
+    small = hap.apply(model, plan)
+    calls: Counter[str] = Counter()
+    for name, module in (("small", small), ("dense", model)):
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.update({name: len(args[0])}))
+    hap.refit_(small, model, plan, data)
+    assert calls == {"small": 32 + 1, "dense": 32}  # the one example shows the order of the calls
+
+
+class Awkward(nn.Module):
+    """Layers that are called twice, not at all, out of order, share a weight, or lend theirs without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(6, 2), nn.Linear(3, 6)
+        self.twice, self.never, self.lent = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.twice(self.first(x).relu()).relu()).relu()
+        x = F.linear(x, self.lent.weight).relu()
+        return self.last(self.other(self.one(x).relu()).relu())
+
+
+def test_layers_without_one_input_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(Awkward)
+    data = [(images(20, 3), None)]
+    structure = hap.trace(model, (data[0][0],))
+    plan = hap.decide(structure, sensitivity(structure), hap.Budget(params=0.8), implant_ratio=0)
+    small = hap.apply(model, plan)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    with caplog.at_level(logging.INFO, logger="hap.surgery.refit"):
+        hap.refit_(small, model, plan, data)
+    changed = {name.partition(".")[0] for name, t in small.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == {"first", "last"}
+    assert "3 layers stay as they are: twice, lent, one" in caplog.text
+
+
+def test_layers_whose_moments_do_not_fit_stay_as_they_are(setting) -> None:
+    model, data, plan = setting
+    small = hap.apply(model, plan)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    hap.refit_(small, model, plan, data, memory=8 * 6 * (6 + 3))  # of `head`, and of nothing with 3 x 3 kernels
+    changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_autocast_is_of_the_models_and_not_of_the_sums(setting) -> None:
+    """In bf16 the layers' ends are rounded, and what is solved from them is not rounded again."""
+    model, data = setting[0].float(), [(x.float(), y) for x, y in setting[1]]
+    structure = hap.trace(model, (data[0][0],))
+    plan = hap.decide(structure, sensitivity(structure), hap.Budget(params=0.6), implant_ratio=0.3)
+    small, want = hap.apply(model, plan), hap.apply(model, plan)
+    hap.refit_(want, model, plan, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        hap.refit_(small, model, plan, data)
+    x = data[0][0]
+    got, exact = small(x).detach(), want(x).detach()
+    assert not torch.equal(got, exact)
+    assert torch.allclose(got, exact, atol=0.05 * float(exact.abs().max()))
 
 
 def test_keeping_all_changes_nothing(setting) -> None:

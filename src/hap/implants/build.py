@@ -50,7 +50,7 @@ def build(
     if large:
         # indexing keeps the memory format, which index_select does not
         dense = grouped(large).layer(weight[large], None if bias is None else bias[large])
-    implant = form.build(fitted.factors, fitted.bias, grouped(small))
+    implant = form.build(fitted.factors, fitted.bias, grouped(small), fitted.target.rank)
     width = len(small if first else large) // block * weight.shape[1] if block and large else None
     made = Implanted(
         dense,

@@ -7,15 +7,15 @@ from math import prod
 import torch
 from torch import nn
 
-from hap.implants.form import Factors, Form, register
+from hap.implants.form import Factors, Form, Shapes, register
 from hap.implants.geometry import Geometry
 from hap.implants.moments import Moments
+from hap.implants.regression import RISE, cholesky, descended, solved
 from hap.types import Layer
 
 SWEEPS = 10  # of alternating least squares; at most
-RISE = 1e-3  # of the energy explained: a sweep that gains less is the last
+STEPS = 5  # of conjugate gradients for the kernels, in a sweep
 RANKS = (1, 2, 3)  # kernels for each channel
-DECAY = 1e-10  # of a system's mean diagonal: kernels and mixture have a common scale that nothing fixes
 
 
 @register
@@ -36,23 +36,22 @@ class Depthwise(Form):
         """Fewer kernels than taps."""
         return tuple(rank for rank in RANKS if rank < prod(layer.kernel))
 
-    def weights(self, layer: Layer, rows: int, columns: int, rank: int | None) -> int:
-        """The kernels, and their mixture; a rank above the number of taps is that number."""
-        assert rank is not None
-        return min(rank, prod(layer.kernel)) * columns * (prod(layer.kernel) + rows)
+    def shapes(self, layer: Layer, rows: int, columns: int, rank: int | None) -> Shapes:
+        """The kernels and their mixture; a rank above the number of taps is that number."""
+        channels = _copies(layer.kernel, rank) * columns
+        return (channels, 1, *layer.kernel), (rows, channels, *(1 for _ in layer.kernel))
 
     def fit(self, moments: Moments, geometry: Geometry, rank: int | None) -> Factors:
         """Alternating least squares, from the best kernels of each channel alone; no sweep makes it worse."""
-        assert rank is not None
         taps = geometry.taps
-        rank = min(rank, taps)
         xx, xy = moments.xx[0], moments.xy[0]
         channels = len(xx) // taps
         blocks, targets = xx.reshape(channels, taps, channels, taps), xy.reshape(channels, taps, -1)
-        kernels = _alone(blocks, moments.solution()[0].T.reshape(targets.shape), rank)
+        free = moments.solution()[0].T.reshape(targets.shape)
+        kernels = _alone(blocks, free, _copies(geometry.kernel, rank))
         mixture, explained = _mixture(kernels, blocks, targets)
         for _ in range(SWEEPS):
-            kernels = _kernels(mixture, blocks, targets)
+            kernels = _kernels(kernels, mixture, blocks, targets)
             kernels = kernels / kernels.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             before = explained
             mixture, explained = _mixture(kernels, blocks, targets)
@@ -60,35 +59,48 @@ class Depthwise(Form):
                 break
         mixture = mixture.mT.flatten(1)  # all channels of one kernel, then of the next
         ones = [1] * len(geometry.kernel)
-        each = kernels.movedim(1, 0).reshape(rank, channels, 1, *geometry.kernel)
-        return *each, mixture.reshape(*mixture.shape, *ones)
+        return kernels.movedim(1, 0).reshape(-1, 1, *geometry.kernel), mixture.reshape(*mixture.shape, *ones)
 
-    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry) -> nn.Module:
-        """The layers; the last has the bias."""
-        *kernels, mixture = factors
-        each = [geometry.grouped(len(kernel)).layer(kernel, None) for kernel in kernels]
-        return nn.Sequential(each[0] if len(each) == 1 else Side(each), geometry.after().layer(mixture, bias))
+    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry, rank: int | None) -> nn.Module:
+        """The two layers, after as many copies of the input as there are kernels; the second has the bias.
 
-    def dense(self, factors: Factors, geometry: Geometry) -> torch.Tensor:
+        A convolution that gives several channels for each group would need no copies, but has no fast kernel on a CPU;
+        several depthwise ones cost a call each, and a call costs more than the arithmetic of small layers.
+        """
+        kernels, mixture = factors
+        copies = _copies(geometry.kernel, rank)
+        chain = geometry.grouped(len(kernels)).layer(kernels, None), geometry.after().layer(mixture, bias)
+        return nn.Sequential(*([Repeat(copies)] if copies > 1 else []), *chain)
+
+    def dense(self, factors: Factors, geometry: Geometry, rank: int | None) -> torch.Tensor:
         """The products, channel by channel, summed over the kernels."""
-        *kernels, mixture = factors
-        parts = mixture.flatten(1).split(len(kernels[0]), dim=1)
-        ones = [1] * len(geometry.kernel)
-        products = [
-            part.reshape(*part.shape, *ones) * kernel.squeeze(1) for part, kernel in zip(parts, kernels, strict=True)
-        ]
-        return torch.stack(products).sum(0)
+        kernels, mixture = factors
+        copies = _copies(geometry.kernel, rank)
+        kernels, mixture = kernels.reshape(copies, -1, geometry.taps), mixture.reshape(len(mixture), copies, -1)
+        whole = torch.einsum("omc,mct->oct", mixture, kernels)
+        return whole.reshape(*whole.shape[:2], *geometry.kernel)
 
 
-class Side(nn.ModuleList):
-    """Layers side by side: their outputs, one after the other along the channels.
+class Repeat(nn.Module):
+    """Copies of all channels, one after the other."""
 
-    On CPU, several depthwise convolutions are faster than one that gives several channels for each.
-    """
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``(N, channels, *spatial)`` to ``(N, layers * channels, *spatial')``."""
-        return torch.cat([layer(x) for layer in self], dim=1)
+        """Maps ``(N, channels, *spatial)`` to ``(N, copies * channels, *spatial)``, in the same memory format."""
+        return torch.cat([x] * self.copies, dim=1)
+
+    def extra_repr(self) -> str:
+        """How many."""
+        return f"copies={self.copies}"
+
+
+def _copies(kernel: tuple[int, ...], rank: int | None) -> int:
+    """Kernels for each channel."""
+    assert rank is not None
+    return min(rank, prod(kernel))
 
 
 def _alone(blocks: torch.Tensor, free: torch.Tensor, rank: int) -> torch.Tensor:
@@ -109,21 +121,23 @@ def _mixture(kernels: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor)
     half = torch.einsum("cmt,ctds->cmds", kernels, blocks)
     gram = torch.einsum("cmds,dns->cmdn", half, kernels).reshape(channels * rank, -1)
     right = torch.einsum("cmt,cto->cmo", kernels, targets).flatten(0, 1)
-    mixture = _solved(gram, right)
+    mixture = solved(gram, right)
     return mixture.T.reshape(-1, channels, rank), float((mixture * right).sum())
 
 
-def _kernels(mixture: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The best kernels for a given mixture: (channels, rank, taps)."""
-    (_, channels, rank), taps = mixture.shape, blocks.shape[1]
+def _kernels(start: torch.Tensor, mixture: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Better kernels for a given mixture, (channels, rank, taps), found channel by channel but for a few steps."""
+    shape = start.shape
     weights = torch.tensordot(mixture, mixture, dims=([0], [0]))  # (channels, rank, channels, rank)
-    system = torch.einsum("cmdn,ctds->cmtdns", weights, blocks).reshape(channels * rank * taps, -1)
-    right = torch.einsum("ocm,cto->cmt", mixture, targets)
-    return _solved(system, right.reshape(-1, 1)).reshape(channels, rank, taps)
+    between = weights.flatten(2)
+    own = torch.einsum("cmcn,ctcs->cmtns", weights, blocks).reshape(len(blocks), shape[1] * shape[2], -1)
+    factor = cholesky(own)
 
+    def system(kernels: torch.Tensor) -> torch.Tensor:
+        read = torch.einsum("dns,ctds->cdnt", kernels, blocks)
+        return between @ read.flatten(1, 2)
 
-def _solved(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The solution of a positive semidefinite system."""
-    decay = DECAY * system.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(system + decay * torch.eye(len(system)).to(system))
-    return torch.cholesky_solve(right, factor)
+    def conditioned(residual: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(residual.reshape(len(blocks), -1, 1), factor).reshape(shape)
+
+    return descended(start, torch.einsum("ocm,cto->cmt", mixture, targets), system, conditioned, STEPS)

@@ -90,7 +90,7 @@ def solve(
     factors = form.fit(about.pulled(weight, ridge), geometry, rank)
     if not biased:
         return factors, None
-    return factors, found.bias(flat(form.dense(factors, geometry), geometry, len(found.x), centre=form.centre))
+    return factors, found.bias(flat(form.dense(factors, geometry, rank), geometry, len(found.x), centre=form.centre))
 
 
 def _solve(layer: Dense, target: Target, found: Moments) -> Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import prod
 from typing import ClassVar, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from hap.implants.moments import Moments
 from hap.types import Layer
 
 Factors = tuple[torch.Tensor, ...]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Form(ABC):
@@ -38,13 +40,21 @@ class Form(ABC):
     def applies(self, layer: Layer) -> bool:
         """Whether filters of `layer` can have this form."""
 
+    def suits(self, geometry: Geometry) -> bool:
+        """Whether each of its weights is multiplied once for each output position, so that MACs can be counted so."""
+        return True
+
+    def offered(self, geometry: Geometry) -> bool:
+        """Whether `options` looks at it where it is not asked for by name."""
+        return True
+
     def ranks(self, layer: Layer, rows: int, columns: int) -> tuple[int | None, ...]:
         """The ranks worth a try for `rows` filters that read `columns` inputs each; ``(None,)`` without ranks."""
         return (None,)
 
     @abstractmethod
-    def weights(self, layer: Layer, rows: int, columns: int, rank: int | None) -> int:
-        """The exact number of weights, biases not counted, that replace `rows` filters.
+    def shapes(self, layer: Layer, rows: int, columns: int, rank: int | None) -> Shapes:
+        """The shapes of the factors that replace `rows` filters.
 
         Args:
             layer: the layer.
@@ -52,6 +62,10 @@ class Form(ABC):
             columns: how many inputs each filter reads, those of its group.
             rank: of forms that have one.
         """
+
+    def weights(self, layer: Layer, rows: int, columns: int, rank: int | None) -> int:
+        """The exact number of weights, biases not counted, that replace `rows` filters; see `shapes`."""
+        return sum(map(prod, self.shapes(layer, rows, columns, rank)))
 
     @abstractmethod
     def fit(self, moments: Moments, geometry: Geometry, rank: int | None) -> Factors:
@@ -61,11 +75,11 @@ class Form(ABC):
         """
 
     @abstractmethod
-    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry) -> nn.Module:
+    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry, rank: int | None) -> nn.Module:
         """The chain: reads what the layer reads, gives the replaced filters' outputs."""
 
     @abstractmethod
-    def dense(self, factors: Factors, geometry: Geometry) -> torch.Tensor:
+    def dense(self, factors: Factors, geometry: Geometry, rank: int | None) -> torch.Tensor:
         """The weights ``(rows, columns, *kernel)`` of the layer that computes the same in one step."""
 
 

@@ -111,6 +111,22 @@ class Geometry:
         ones = (1,) * len(self.kernel)
         return Geometry(ones, ones, ones, (0,) * len(ones))
 
+    def along(self, axes: range) -> Geometry:
+        """The settings along these spatial axes; along the others a kernel of 1, and nothing padded or left out."""
+
+        def only(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(value if axis in axes else other for axis, value in enumerate(values))
+
+        kernel, stride, dilation = (only(values, 1) for values in (self.kernel, self.stride, self.dilation))
+        padding = self.padding if isinstance(self.padding, str) else only(self.padding, 0)
+        return replace(self, kernel=kernel, stride=stride, dilation=dilation, padding=padding)
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is an output at each place of the input, and nowhere else."""
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        return set(self.stride) <= {1} and [before + after for before, after in self.pads()] == spans
+
     def grouped(self, groups: int) -> Geometry:
         """The same with another number of groups."""
         return replace(self, groups=groups)

@@ -113,7 +113,7 @@ class Implanted(nn.Module):
     def equivalent(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight ``(rows, columns, *kernel)`` and bias of the dense filters that compute what the implant does."""
         bias = self.layers()[-1].bias
-        weight = form_of(self.form).dense(tuple(f.detach() for f in self.factors()), self.geometry)
+        weight = form_of(self.form).dense(tuple(f.detach() for f in self.factors()), self.geometry, self.rank)
         return weight, None if bias is None else bias.detach()
 
     def merged(self) -> Dense:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -73,6 +74,10 @@ class Moments:
 
     def solution(self) -> torch.Tensor:
         """The filters of ordinary least squares: (G, rows, inputs)."""
+        return self._solution
+
+    @cached_property
+    def _solution(self) -> torch.Tensor:
         return torch.linalg.solve(self.xx, self.xy).mT
 
     def bias(self, weight: torch.Tensor) -> torch.Tensor:

@@ -59,14 +59,14 @@ def options(
         batches: calibration data.
         samples: examples to read at most.
         layers: names of modules to look at; None for every convolution and linear layer.
-        forms: names of the forms to look at; None for all that are known.
+        forms: names of the forms to look at; None for those that are worth a look.
         memory: bytes of moments held at a time.
         progress: shows the batches.
 
     Raises:
         HapError: an unknown form, no data, or activations that are not finite.
     """
-    known = [form_of(name) for name in forms] if forms is not None else list(FORMS.values())
+    asked = None if forms is None else [form_of(name) for name in forms]
     choices, readings, held = {}, {}, _held(model, structure)
     for layer in structure.layers:
         columns = structure.tensors[layer.weight].shape[1]
@@ -76,14 +76,16 @@ def options(
             and _plain(structure, layer)
             and (layers is None or layer.module in layers)
         ):
-            found = list(_choices(layer, columns, known, memory))
+            geometry = Geometry.of(dense_layer(model, layer.module))
+            known = [form for form in FORMS.values() if form.offered(geometry)] if asked is None else asked
+            found = list(_choices(layer, columns, [form for form in known if form.suits(geometry)], memory))
             if found:
                 choices[layer.module] = found
                 centre = all(form.centre for form, _ in found)
                 readings[layer.module] = Reading(range(layer.filters), range(columns), centre)
     data = progress(take(batches, samples, device_of(model)), "fitting every form", None)
     return {
-        name: tuple(_option(dense_layer(model, name), readings[name], found, *choice) for choice in choices[name])
+        name: tuple(_fitted(dense_layer(model, name), readings[name], found, choices[name]))
         for name, found in observe(model, readings, data, memory=memory)
     }
 
@@ -112,14 +114,19 @@ def _choices(layer: Layer, columns: int, forms: Sequence[Form], memory: int) -> 
                     yield form, rank
 
 
-def _option(layer: Dense, reading: Reading, found: Moments, form: Form, rank: int | None) -> Option:
-    """Fits one form to all filters, about the means: a bias, or the batch norm that follows, sees to those."""
+def _fitted(
+    layer: Dense, reading: Reading, found: Moments, choices: Iterable[tuple[Form, int | None]]
+) -> Iterator[Option]:
+    """Fits each form to all filters, about the means: a bias, or the batch norm that follows, sees to those."""
     geometry, groups = Geometry.of(layer), len(found.x)
     about, weight = found.centred(), flat(layer.weight.detach().double(), geometry, groups, centre=reading.centre)
-    if form.centre and not reading.centre:
-        centre = slice(geometry.centre, None, geometry.taps)
-        about, weight = about.at(centre), weight[:, :, centre]
-    factors = form.fit(about.pulled(weight), geometry, rank)
-    missed = about.error(flat(form.dense(factors, geometry), geometry, groups, centre=form.centre))
-    undone = torch.where(about.yy > 0, missed / about.yy, 0.0).clamp(0, 1)
-    return Option(form.name, rank, undone.flatten())
+    seen = {reading.centre: (about, about.pulled(weight))}
+    if not reading.centre:
+        taps = slice(geometry.centre, None, geometry.taps)
+        seen[True] = about.at(taps), about.at(taps).pulled(weight[:, :, taps])
+    for form, rank in choices:
+        moments, pulled = seen[form.centre]
+        factors = form.fit(pulled, geometry, rank)
+        missed = moments.error(flat(form.dense(factors, geometry, rank), geometry, groups, centre=form.centre))
+        undone = torch.where(about.yy > 0, missed / about.yy, 0.0).clamp(0, 1)
+        yield Option(form.name, rank, undone.flatten())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hap.implants.form import Factors, Form, register
+from hap.implants.form import Factors, Form, Shapes, register
 from hap.implants.geometry import Geometry
 from hap.implants.moments import Moments
 from hap.types import Layer
@@ -27,16 +27,16 @@ class Pointwise(Form):
         """Convolutions larger than 1."""
         return prod(layer.kernel) > 1 and not layer.transposed
 
-    def weights(self, layer: Layer, rows: int, columns: int, rank: int | None) -> int:
-        """One for each filter and input."""
-        return rows * columns
+    def shapes(self, layer: Layer, rows: int, columns: int, rank: int | None) -> Shapes:
+        """One weight for each filter and input."""
+        return ((rows, columns, *(1 for _ in layer.kernel)),)
 
     def fit(self, moments: Moments, geometry: Geometry, rank: int | None) -> Factors:
         """Ordinary least squares."""
         solution = moments.solution()
         return (solution.reshape(-1, solution.shape[-1], *[1] * len(geometry.kernel)),)
 
-    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry) -> nn.Module:
+    def build(self, factors: Factors, bias: torch.Tensor | None, geometry: Geometry, rank: int | None) -> nn.Module:
         """A 1 x 1 convolution; it pads by itself where it can, and follows a `Shift` where it cannot."""
         (weight,) = factors
         shifts = geometry.shifts()
@@ -47,7 +47,7 @@ class Pointwise(Form):
             return plain.layer(weight, bias)
         return nn.Sequential(Shift(shifts, geometry.padding_mode), plain.layer(weight, bias))
 
-    def dense(self, factors: Factors, geometry: Geometry) -> torch.Tensor:
+    def dense(self, factors: Factors, geometry: Geometry, rank: int | None) -> torch.Tensor:
         """Zeros around the centre taps."""
         weight = factors[0].flatten(1)
         whole = weight.new_zeros(*weight.shape, geometry.taps)

@@ -5,7 +5,7 @@ from hap.planning.constraints import Widths, inside
 from hap.planning.cost import CostModel
 from hap.planning.decide import Joint, Mode, decide
 from hap.planning.latency import Latency, measure_latency
-from hap.planning.latency_profile import time_layers
+from hap.planning.latency_profile import time_layers, ways
 from hap.planning.latency_table import LatencyTable
 from hap.planning.plan import Decision, Implant, Plan, versions
 
@@ -25,4 +25,5 @@ __all__ = [
     "measure_latency",
     "time_layers",
     "versions",
+    "ways",
 ]

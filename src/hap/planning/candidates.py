@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from hap.errors import HapError
+from hap.implants import HEAD, Heads, Option, heads_of
 from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
 
@@ -30,6 +31,7 @@ class Candidates:
         families, layers: what the indices refer to.
         forced: for each family, a mask over the units that leave in any case.
         implants: for each family and unit, the filters that an implant would replace, by layer index.
+        heads: for each family of heads that may become narrow, where they are.
     """
 
     score: np.ndarray
@@ -40,6 +42,7 @@ class Candidates:
     layers: tuple[Layer, ...]
     forced: dict[str, np.ndarray]
     implants: dict[int, dict[int, tuple[tuple[int, ...], ...]]]
+    heads: dict[int, Heads]
 
     def __len__(self) -> int:
         return len(self.score)
@@ -77,12 +80,17 @@ def block(layer: Layer) -> int:
 
 
 def candidates(
-    structure: Structure, sensitivity: Sensitivity, bounds: Constraints, *, with_implants: bool
+    structure: Structure,
+    sensitivity: Sensitivity,
+    bounds: Constraints,
+    *,
+    with_implants: bool,
+    options: Mapping[str, Sequence[Option]] | None = None,
 ) -> Candidates:
     """Builds the list: every unit that may leave, and every filter that others' channels hold in place.
 
     The most sensitive units of each family, which its smallest width holds, are no candidates, nor are the least
-    sensitive ones, for which its largest width has no place.
+    sensitive ones, for which its largest width has no place. Heads may become narrow where the `options` say so.
 
     Raises:
         HapError: the sensitivity is not one of this structure, or holds values that are not finite.
@@ -102,8 +110,28 @@ def candidates(
     table = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
     scores = np.array([row[0] for row in rows], dtype=np.float64)
     return Candidates(
-        scores, table[:, 0], table[:, 1], table[:, 2], families, layers, forced, _implants(families, layers)
+        scores,
+        table[:, 0],
+        table[:, 1],
+        table[:, 2],
+        families,
+        layers,
+        forced,
+        _implants(families, layers),
+        _narrowable(structure, bounds, families, options or {}) if with_implants else {},
     )
+
+
+def _narrowable(
+    structure: Structure, bounds: Constraints, families: tuple[Family, ...], options: Mapping[str, Sequence[Option]]
+) -> dict[int, Heads]:
+    """The families whose heads may become narrow; not those that keep a multiple of units."""
+    offered = {
+        heads.family.name: heads
+        for name, heads in heads_of(structure).items()
+        if bounds.round_to == 1 and any(option.form == HEAD for option in options.get(name, ()))
+    }
+    return {i: offered[family.name] for i, family in enumerate(families) if family.name in offered}
 
 
 def _filters(families: tuple[Family, ...], layers: tuple[Layer, ...], sensitivity: Sensitivity) -> Iterator[_Row]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from hap.errors import HapError
+from hap.implants import HEAD, heads_of
 from hap.planning.plan import Decision, Implant, Plan
 
 Key = tuple[str, int]  # a tensor and one of its axes
@@ -98,6 +99,9 @@ def _check(first: Plan, second: Plan, left: dict[Key, list[int]]) -> None:
 
 
 def _mapped(first: Plan, module: str, implant: Implant, left: dict[Key, list[int]]) -> Implant:
+    if implant.form == HEAD:
+        kept = first.decisions[heads_of(first.structure)[module].family.name].keep
+        return dataclasses.replace(implant, indices=tuple(kept[i] for i in implant.indices))
     layer = first.structure.layer(module)
     places: Sequence[int] = left.get((layer.weight, layer.output_axis), range(layer.filters))
     return dataclasses.replace(implant, indices=tuple(places[i] for i in implant.indices))

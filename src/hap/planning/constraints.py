@@ -55,7 +55,7 @@ def constraints(
             width is above its largest.
     """
     for name, value in (("floor", floor), ("round_to", round_to)):
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise HapError(f"{name} is out of range", expected="an integer of at least 1", got=repr(value))
     protected = _protected(structure, protect) | _of_other_kinds(structure, units)
     low, high = _widths(structure, "minimum", minimum or {}), _widths(structure, "maximum", maximum or {})

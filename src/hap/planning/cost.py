@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hap.implants import form_of
+from hap.implants import HEAD, form_of, heads_of, packs
 from hap.planning.latency_table import LatencyTable
 from hap.planning.plan import Implant
 from hap.types import Cost, Layer, Structure
@@ -15,11 +16,14 @@ from hap.types import Cost, Layer, Structure
 
 @dataclass(frozen=True)
 class Share:
-    """How many of a layer's kept filters are implanted, and how."""
+    """How many of a layer's kept filters, or of a module's kept heads, are implanted, and how."""
 
     rows: int
     form: str
     rank: int | None = None
+
+
+NONE = Share(0, "")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class CostModel:
                 if (member.parameter, member.axis) in place:
                     self._taken[i, place[member.parameter, member.axis]] += len(member.indices[0])
         self._families = [family.name for family in structure.families]
+        # for each attention module whose heads may become narrow, its family, how many they are, and their width
+        self._sites = {
+            name: (self._families.index(heads.family.name), heads.family.size, heads.width)
+            for name, heads in heads_of(structure).items()
+        }
         tensor = {name: i for i, name in enumerate(shapes)}
         self._weights = {
             layer.module: _Weight(
@@ -78,6 +87,7 @@ class CostModel:
         heads = {m.parameter for family in structure.families if family.kind == "head" for m in family.members}
         self._heads = np.array([name in heads and len(shape) > 1 for name, shape in shapes.items()], dtype=bool)
         self._latency = latency
+        self._known: dict[tuple[str, Share, int, int], tuple[int, float]] = {}  # what `_takes` said
         self.dense = self({}, {})
 
     def __call__(self, pruned: Mapping[str, np.ndarray], implants: Mapping[str, Implant]) -> Cost:
@@ -85,7 +95,7 @@ class CostModel:
 
         Args:
             pruned: boolean masks of shape ``(size,)``; families that are left out lose nothing.
-            implants: by module; only filters that are kept.
+            implants: by module; only filters, and heads, that are kept.
         """
         gone = np.array([int(pruned[name].sum()) if name in pruned else 0 for name in self._families], dtype=np.int64)
         return self.at(gone, {name: Share(len(i.indices), i.form, i.rank) for name, i in implants.items() if i.indices})
@@ -106,48 +116,131 @@ class CostModel:
             float64 of shape ``(quantities, places)``: parameters, MACs, parameters of heads and, with a table,
             milliseconds.
         """
+        narrow = {module: share for module, share in shares.items() if share.form == HEAD}
+        if narrow:
+            gone = gone + self._packed(gone, narrow)
+            shares = {module: share for module, share in shares.items() if module not in narrow}
         axes = self._full - gone @ self._taken
         counts = np.multiply.reduceat(axes, self._starts, axis=1)
-        for module, share in shares.items():
-            weight = self._weights[module]
-            table = zip(
-                axes[:, weight.rows].tolist(),
-                axes[:, weight.columns].tolist(),
-                counts[:, weight.tensor].tolist(),
-                strict=True,
-            )
-            counts[:, weight.tensor] = [_elements(weight.layer, share, *row) for row in table]
+        # with a table, the time of every layer is asked for; else what is implanted takes fewer weights
+        milliseconds = self._layers(axes, counts, shares, self._weights if self._latency is not None else shares)
         heads = counts[:, self._heads].sum(1, dtype=np.float64)
         found = [counts.sum(1, dtype=np.float64), counts @ self._positions.astype(np.float64), heads]
         if self._latency is not None:
-            found.append(self._milliseconds(self._latency, axes))
+            found.append(milliseconds)
         return np.stack(found)
 
-    def of_heads(self, module: str) -> bool:
-        """Whether a layer is a projection of attention heads."""
-        return bool(self._heads[self._weights[module].tensor])
+    def _packed(self, gone: np.ndarray, shares: Mapping[str, Share]) -> np.ndarray:
+        """How many heads narrow ones save: several lie in the place of one."""
+        saved = np.zeros_like(gone)
+        for module, share in shares.items():
+            family, size, width = self._sites[module]
+            count = np.minimum(share.rows, size - gone[:, family])
+            saved[:, family] += count - packs(count, width // (share.rank or width))
+        return saved
 
-    def widths(self, module: str, gone: np.ndarray) -> tuple[int, int]:
-        """A layer's filters, and the inputs that each of them reads, when `gone` units have left."""
-        axes, weight = self._full - gone @ self._taken, self._weights[module]
-        return int(axes[weight.rows]), int(axes[weight.columns])
+    def place(self, gone: np.ndarray) -> Place:
+        """Where of each family `gone` units have left, shape ``(families,)``."""
+        return Place(self, (self._full - gone @ self._taken).tolist())
 
-    def weights(self, module: str, gone: np.ndarray, share: Share) -> int:
-        """Elements of a layer's weights when `gone` units have left and some of its filters are implanted."""
-        axes, weight = self._full - gone @ self._taken, self._weights[module]
-        count = int(np.multiply.reduceat(axes, self._starts)[weight.tensor])
-        return _elements(weight.layer, share, int(axes[weight.rows]), int(axes[weight.columns]), count)
+    def layer(self, module: str, axes: Sequence[int], share: Share | None) -> np.ndarray:
+        """See `Place.layer`."""
+        if module in self._sites:
+            return self._narrow(module, axes, share)
+        weight = self._weights[module]
+        rows, columns = axes[weight.rows], axes[weight.columns]
+        share = share or NONE
+        count, milliseconds = self._takes(module, share, rows, columns)
+        found = [count, count * weight.layer.positions, count * self._heads[weight.tensor]]
+        if self._latency is not None:
+            found.append(milliseconds)
+        return np.array(found, dtype=np.float64)
 
-    def _milliseconds(self, table: LatencyTable, axes: np.ndarray) -> np.ndarray:
-        total = np.zeros(len(axes))
-        for module, weight in self._weights.items():
-            total += table.milliseconds(module, axes[:, weight.rows], axes[:, weight.columns])
+    def _narrow(self, module: str, axes: Sequence[int], share: Share | None) -> np.ndarray:
+        """The whole model's costs with some heads of one module narrow, and without other implants."""
+        family, _, width = self._sites[module]
+        saved = 0 if share is None else share.rows - packs(share.rows, width // (share.rank or width))
+        left = np.array(axes, dtype=np.int64) - saved * self._taken[family]
+        counts = np.multiply.reduceat(left, self._starts)
+        found = [float(counts.sum()), float(counts @ self._positions), float(counts[self._heads].sum())]
+        if self._latency is not None:
+            found.append(float(self._layers(left[None], counts[None], {}, self._weights)[0]))
+        return np.array(found)
+
+    def widths(self, module: str, axes: Sequence[int]) -> tuple[int, int]:
+        """See `Place.widths`."""
+        weight = self._weights[module]
+        return axes[weight.rows], axes[weight.columns]
+
+    def key(self, module: str, axes: Sequence[int]) -> tuple[int, ...]:
+        """See `Place.key`."""
+        return tuple(axes) if module in self._sites else self.widths(module, axes)
+
+    def _layers(
+        self, axes: np.ndarray, counts: np.ndarray, shares: Mapping[str, Share], modules: Iterable[str]
+    ) -> np.ndarray:
+        """The time of these layers at each place; writes the weights of the implanted ones into `counts`.
+
+        Most layers are as wide at one place as at another, so that each width is priced once.
+        """
+        names, total = list(modules), np.zeros(len(axes))
+        if not names:
+            return total
+        weights = [self._weights[name] for name in names]
+        rows, columns = axes[:, [w.rows for w in weights]], axes[:, [w.columns for w in weights]]
+        for i, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            share = shares.get(name, NONE)
+            count, milliseconds = self._takes(name, share, int(rows[-1, i]), int(columns[-1, i]))
+            total += milliseconds
+            if share.rows:
+                counts[:, weight.tensor] = count
+        others = np.argwhere((rows != rows[-1]) | (columns != columns[-1]))
+        for at, i in others.tolist():
+            share = shares.get(names[i], NONE)
+            count, milliseconds = self._takes(names[i], share, int(rows[at, i]), int(columns[at, i]))
+            total[at] += milliseconds - self._takes(names[i], share, int(rows[-1, i]), int(columns[-1, i]))[1]
+            if share.rows:
+                counts[at, weights[i].tensor] = count
         return total
 
+    def _takes(self, module: str, share: Share, rows: int, columns: int) -> tuple[int, float]:
+        """Elements of a layer's weights, and its time (0 without a table)."""
+        key = (module, share, rows, columns)
+        if key not in self._known:
+            layer, implanted = self._weights[module].layer, min(share.rows, rows)
+            count = (rows - implanted) * columns * math.prod(layer.kernel)
+            if implanted:
+                count += form_of(share.form).weights(layer, implanted, columns, share.rank)
+            time = 0.0
+            if self._latency is not None:
+                time = self._latency.milliseconds(module, rows, columns, implanted, (share.form, share.rank))
+            self._known[key] = count, time
+        return self._known[key]
 
-def _elements(layer: Layer, share: Share, rows: int, columns: int, count: int) -> int:
-    """Elements of a layer's weights, `count` if none of its `rows` filters is implanted."""
-    implanted = min(share.rows, rows)
-    if not implanted:
-        return count
-    return count // rows * (rows - implanted) + form_of(share.form).weights(layer, implanted, columns, share.rank)
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A point in the search: how wide every layer is.
+
+    Attributes:
+        model: the cost model.
+        axes: the kept positions of all axes of all tensors.
+    """
+
+    model: CostModel
+    axes: Sequence[int]
+
+    def widths(self, module: str) -> tuple[int, int]:
+        """A layer's filters, and the inputs that each of them reads."""
+        return self.model.widths(module, self.axes)
+
+    def key(self, module: str) -> tuple[int, ...]:
+        """What `layer` depends on, besides the share."""
+        return self.model.key(module, self.axes)
+
+    def layer(self, module: str, share: Share | None = None) -> np.ndarray:
+        """What a layer takes, implanted or not: the quantities of `CostModel.costs`, shape ``(quantities,)``.
+
+        Of an attention module, what the whole model takes with these heads narrow: only differences mean something.
+        """
+        return self.model.layer(module, self.axes, share)

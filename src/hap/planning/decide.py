@@ -43,9 +43,9 @@ def decide(
     """Chooses what to keep, implant and prune; every part of the budget is met.
 
     Mode ``paper`` is one global ranking (Yu et al. 2022, section 3): of the least sensitive candidates the most
-    sensitive share `implant_ratio` gets pointwise implants, the others leave. Mode ``optimal`` minimises the predicted
-    rise of the loss: the sensitivity of what leaves, plus for each implanted filter its sensitivity times what the
-    implant leaves undone, for exact costs; see `hap.planning.optimal`.
+    sensitive share `implant_ratio` gets pointwise implants, heads half of their width, and the others leave. Mode
+    ``optimal`` minimises the predicted rise of the loss: the sensitivity of what leaves, plus for each implanted filter
+    and head its sensitivity times what the implant leaves undone, for exact costs; see `hap.planning.optimal`.
 
     Args:
         structure: from `hap.trace`.
@@ -54,8 +54,9 @@ def decide(
         mode: how to choose.
         implant_ratio: in [0, 1]; 0 makes a plan without implants. In mode ``optimal`` no ratio is kept: any other
             value lets the planner implant as many filters as pays.
-        options: mode ``optimal``: for each layer (by module) the forms to choose from, with what they leave undone, as
-            `hap.implants.options` measures them; None for a plan without implants.
+        options: for each layer and attention module (by name) the forms to choose from, with what they leave undone, as
+            `hap.implants.options` and `head_options` measure them. Without any, mode ``optimal`` makes a plan without
+            implants, and mode ``paper`` one without narrow heads.
         joint: mode ``optimal``: whether units are chosen together by the sensitivity's Gram matrix; "auto" where it
             has one.
         pairs: how much of what the Gram matrix says of pairs of units counts, in [0, 1]. The search finds sets whose
@@ -68,9 +69,10 @@ def decide(
         protect: module names or patterns; the units that these modules write stay, and they get no implants. What
             they read may shrink: `hap.trace(ignore=)` leaves modules alone altogether.
         units: the kinds of units that may leave: ``head``, ``neuron``, ``channel``; None for all, or for heads
-            where the budget limits nothing else. Layers that write no such units get no implants either.
+            where the budget limits nothing else but latency. Layers that write no such units get no implants either.
         inexact: also prune families behind a normalisation that mixes units.
-        latency: the layers' times, for a budget of latency; also puts the plan's latency on record.
+        latency: the layers' times, for a budget of latency; also puts the plan's latency on record. It has to know the
+            times of all implants that may be chosen.
 
     Raises:
         HapError: an option is out of range or names nothing, no family can be pruned, or the budget cannot be reached
@@ -81,7 +83,7 @@ def decide(
     for name, value in (("implant_ratio", implant_ratio), ("pairs", pairs)):
         if not 0 <= value <= 1:
             raise HapError(f"{name} is out of range", expected="a share in [0, 1]", got=repr(value))
-    if units is None and set(budget.limits) == {"heads"}:
+    if units is None and set(budget.limits) - {"latency"} == {"heads"}:
         units = ("head",)
     protect, units = tuple(protect), None if units is None else tuple(units)
     together = _together(sensitivity, mode, joint)
@@ -100,7 +102,9 @@ def decide(
     cost = CostModel(structure, latency)
     check_measured(budget, cost.dense)
     if mode == "paper":
-        choice = paper.choose(structure, sensitivity, budget, cost, bounds, implant_ratio=implant_ratio)
+        choice = paper.choose(
+            structure, sensitivity, budget, cost, bounds, implant_ratio=implant_ratio, options=options
+        )
     else:
         offered = options or {} if implant_ratio else {}
         choice = optimal.choose(
@@ -129,6 +133,7 @@ def decide(
             "inexact": inexact,
             "samples": sensitivity.samples,
             "draws": sensitivity.draws,
+            **({} if latency is None else {"latency_device": latency.device}),
             "versions": versions(),
         },
     )

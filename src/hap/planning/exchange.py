@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Literal
 
 import numpy as np
 
-from hap.planning.cost import Share
+from hap.planning.cost import Place, Share
 from hap.planning.prices import Scale
 from hap.planning.problem import Problem
 from hap.planning.state import State
@@ -16,7 +19,12 @@ TRIALS = 200  # exchanges tried at most
 PAYS = 1e-4  # of the predicted loss: what an exchange must gain
 CHOICES = 4  # units of a family that are tried in turn
 TINY = 1e-300  # keeps a division by nothing quiet
+KEPT = 20_000  # layers whose steps are kept
+ROUNDING = 1e-12  # of the budget: a saving below is none
 AT_ONCE = 24  # of them, those tried from one choice
+
+
+What = Literal["smaller", "larger", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +36,17 @@ class _Step:
         who: the blocks or units.
         loss: the change of the predicted loss.
         used: shares of the budget afterwards, shape ``(quantities,)``.
+        option: the option that the layer changes to, `who` being its implanted blocks; None where it stays.
     """
 
     layer: int
     who: np.ndarray
     loss: float
     used: np.ndarray
+    option: int | None = None
+
+
+_Change = tuple[np.ndarray, float, np.ndarray, int | None]  # a step's `who`, `loss`, change of `used`, `option`
 
 
 class Exchange:
@@ -49,6 +62,7 @@ class Exchange:
         self.problem = problem
         self.scale = scale
         self.implants = implants
+        self._kept: dict[tuple[object, ...], list[_Change]] = {}  # what `_of_layer` said
 
     def used(self, state: State) -> np.ndarray:
         """Shares of the budget, shape ``(quantities,)``."""
@@ -64,15 +78,16 @@ class Exchange:
 
         Only what is over the budget counts as saved. Returns whether it was met.
         """
+        several = len(self.scale.budget.limits) > 1 or self.scale.budget.latency is not None
         while True:
-            now = self.used(state)
-            over = np.maximum(now - 1, 0.0)
-            if not over.any():
+            excess = _excess(self.used(state))
+            if not excess:
                 return True
+            # what takes less of one quantity may take more of another, and of time also what is no smaller
+            steps = chain(self.steps(state, smaller=True), self._of_layers(state, "whole") if several else ())
             best, least = None, np.inf
-            for step in self.steps(state, smaller=True):
-                saved = float(np.minimum(now - step.used, over)[over > 0].sum())
-                rate = _rate(step.loss, saved)
+            for step in steps:
+                rate = _rate(step.loss, excess - _excess(step.used))
                 if rate < least:
                     best, least = step, rate
             if best is None:
@@ -121,11 +136,18 @@ class Exchange:
             ]
             steps.sort(key=lambda pair: pair[0])
             found += [(step, smaller) for _, step in steps[: AT_ONCE // 2]]
-        return found
+        whole = [
+            (step.loss / max(float(np.abs(now - step.used).sum()), TINY), step)
+            for step in self._of_layers(state, "whole")
+        ]
+        whole.sort(key=lambda pair: pair[0])
+        return found + [(step, True) for _, step in whole[: AT_ONCE // 2]]
 
     def take(self, state: State, step: _Step, *, smaller: bool) -> None:
         """Carries a step out."""
-        if step.layer >= 0:
+        if step.option is not None:
+            state.change(step.layer, step.option, step.who)
+        elif step.layer >= 0:
             state.implant(step.layer, step.who, smaller)
         elif smaller:
             state.remove(step.who)
@@ -138,8 +160,7 @@ class Exchange:
         With more `choices`, also the steps of the next cheapest units.
         """
         yield from self._of_families(state, smaller, choices)
-        if self.implants:
-            yield from self._of_layers(state, smaller)
+        yield from self._of_layers(state, "smaller" if smaller else "larger")
 
     def _of_families(self, state: State, smaller: bool, choices: int) -> Iterator[_Step]:
         move = self.problem.fewer if smaller else self.problem.more
@@ -150,35 +171,71 @@ class Exchange:
         places = np.tile(state.counts, (len(changed), 1))
         places[np.arange(len(changed)), changed] = after[changed]
         used = self.scale.used(places, state.shares())
-        alone = state.marginal() - state.own
+        alone, sign = state.marginal() - state.own, 1 if smaller else -1
         spans = list(self.problem.spans())
         for i, family in enumerate(changed.tolist()):
             span, count = spans[family], abs(int(after[family] - state.counts[family]))
-            values = np.where(state.gone[span] != smaller, alone[span] if smaller else -alone[span], np.inf)
-            order = np.argsort(values, kind="stable")
+            values = np.where(state.gone[span] != smaller, sign * alone[span], np.inf)
+            # to look for one is faster than to sort all
+            order = np.argsort(values, kind="stable") if count * choices > 1 else np.array([values.argmin()])
             for units in np.split(order, range(count, count * choices + 1, count))[:choices]:
                 if len(units) == count and np.isfinite(values[units[-1]]):
                     who = span.start + units
-                    yield _Step(-1, who, state.rise(who) if smaller else -state.fall(who), used[:, i])
+                    yield _Step(-1, who, float(values[units].sum()) + state.between(who), used[:, i])
 
-    def _of_layers(self, state: State, smaller: bool) -> Iterator[_Step]:
-        now, shares = self.used(state), state.shares()
+    def _of_layers(self, state: State, what: What) -> Iterator[_Step]:
+        """The steps of all layers that may be implanted; what a layer has not changed since is not worked out again."""
+        if not self.implants:
+            return
+        now, place = self.used(state), self.scale.cost.place(state.counts)
+        if len(self._kept) > KEPT:
+            self._kept.clear()
         for k, layer in enumerate(self.problem.layers):
-            blocks = state.open_blocks(k) if smaller else np.flatnonzero(state.implanted[k])
-            if not len(blocks):
-                continue
-            option, module = layer.options[state.option[k]], layer.layer.module
-            rises = layer.rise[state.option[k]][blocks]
-            chosen = int(rises.argmin() if smaller else rises.argmax())
-            before = shares.get(module, Share(0, option.form, option.rank))
-            after = replace(before, rows=before.rows + (layer.block if smaller else -layer.block))
-            change = self.scale.cost.weights(module, state.counts, after) - self.scale.cost.weights(
-                module, state.counts, before
-            )
-            used = now + change * self.scale.weight(layer.layer)
-            yield _Step(k, blocks[[chosen]], float(rises[chosen]) * (1 if smaller else -1), used)
+            key = (what, k, state.stamps[k], state.option[k], place.key(layer.module))
+            if key not in self._kept:
+                work_out = (
+                    self._of_whole_layer if what == "whole" else partial(self._of_layer, smaller=what == "smaller")
+                )
+                self._kept[key] = list(work_out(state, k, place))
+            for who, loss, change, option in self._kept[key]:
+                yield _Step(k, who, loss, now + change, option)
+
+    def _of_layer(self, state: State, k: int, place: Place, *, smaller: bool) -> Iterator[_Change]:
+        """One more implant, or one less."""
+        layer, there = self.problem.layers[k], state.option[k]
+        implanted = np.flatnonzero(state.implanted[k])
+        blocks = state.open_blocks(k) if smaller else implanted
+        if not len(blocks):
+            return
+        rises, sign = layer.rise[there][blocks], 1 if smaller else -1
+        chosen = np.argsort(sign * rises, kind="stable")[: layer.step(there, len(implanted), smaller=smaller)]
+        before, after = (self._layer(place, k, there, n) for n in (len(implanted), len(implanted) + sign * len(chosen)))
+        yield blocks[chosen], float(rises[chosen].sum()) * sign, after - before, None
+
+    def _of_whole_layer(self, state: State, k: int, place: Place) -> Iterator[_Change]:
+        """No implants, the same ones in another form, and all filters in each form."""
+        layer, there = self.problem.layers[k], state.option[k]
+        current, options = np.flatnonzero(state.implanted[k]), range(len(layer.options))
+        every = np.union1d(state.open_blocks(k), current)
+        ways = [(there, current[:0])] if len(current) else []
+        ways += [(o, every) for o in options if o != there or len(current) < len(every)]
+        ways += [(o, current) for o in options if o != there and 0 < len(current) < len(every)]
+        before, lost = self._layer(place, k, there, len(current)), float(layer.rise[there][current].sum())
+        for o, blocks in ways:
+            change = self._layer(place, k, o, len(blocks)) - before
+            yield blocks, float(layer.rise[o][blocks].sum()) - lost, change, o
+
+    def _layer(self, place: Place, k: int, option: int, blocks: int) -> np.ndarray:
+        """The shares of the budget that a layer takes with so many of its blocks implanted."""
+        layer, chosen = self.problem.layers[k], self.problem.layers[k].options[option]
+        return self.scale.layer(place, layer.module, Share(blocks * layer.block, chosen.form, chosen.rank))
+
+
+def _excess(used: np.ndarray) -> float:
+    """By how much the budget is broken, all limits together."""
+    return float(np.maximum(used - 1, 0.0).sum())
 
 
 def _rate(loss: float, saved: float) -> float:
     """Loss for what is saved; infinite where nothing is."""
-    return loss / saved if saved > 0 else np.inf
+    return loss / saved if saved > ROUNDING else np.inf

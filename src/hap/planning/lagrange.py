@@ -30,7 +30,7 @@ def best_at(problem: Problem, prices: Prices, rate: float, rises: np.ndarray) ->
     state = State(problem, option)
     state.remove(_leaving(problem, gain - instead))
     for k, good in enumerate(chosen):
-        state.implant(k, np.intersect1d(np.flatnonzero(good > 0), state.open_blocks(k)))
+        state.implant(k, np.flatnonzero((good > 0) & state.full(k)))
     return state
 
 

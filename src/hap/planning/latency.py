@@ -26,6 +26,7 @@ class Latency:
         low, high: the quartiles: half of the runs lie between them.
         ratio: median over the runs of this model's time / the first model's time in the same turn.
         runs: number of timed runs.
+        least: the fastest: other work on the machine only ever adds to a time.
     """
 
     median: float
@@ -33,6 +34,7 @@ class Latency:
     high: float
     ratio: float
     runs: int
+    least: float
 
 
 def measure_latency(
@@ -91,4 +93,4 @@ def _time(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _summary(times: list[float], reference: list[float]) -> Latency:
     low, median, high = statistics.quantiles(times, n=4)
     ratio = statistics.median(t / r for t, r in zip(times, reference, strict=True))
-    return Latency(median, low, high, ratio, len(times))
+    return Latency(median, low, high, ratio, len(times), min(times))

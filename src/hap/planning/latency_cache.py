@@ -32,9 +32,8 @@ class LatencyCache:
     def __init__(self, path: str | Path | None, device: torch.device) -> None:
         self.path = None if path is None else Path(path)
         self.device = describe(device)
-        self._all: dict[str, dict[str, float]] = _read(self.path) if self.path is not None else {}
-        self._times = self._all.setdefault(self.device, {})
-        self._new = False
+        self._times = {} if self.path is None else _read(self.path).get(self.device, {})
+        self._new: dict[str, float] = {}
 
     def get(self, key: str) -> float | None:
         """The time kept under this key."""
@@ -42,19 +41,23 @@ class LatencyCache:
 
     def put(self, key: str, milliseconds: float) -> None:
         """Keeps a time."""
-        self._times[key] = milliseconds
-        self._new = True
+        self._times[key] = self._new[key] = milliseconds
 
     def write(self) -> None:
-        """Writes the file, whole or not at all, if there is something new; where it cannot, the run goes on."""
+        """Adds what is new to the file, written whole or not at all; where it cannot, the run goes on.
+
+        What other runs have written since stays.
+        """
         if self.path is None or not self._new:
             return
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self._all, indent=0, sort_keys=True), encoding="utf-8")
+            found = _read(self.path)
+            found[self.device] = found.get(self.device, {}) | self._new
+            part.write_text(json.dumps(found, indent=0, sort_keys=True), encoding="utf-8")
             part.replace(self.path)
-        except OSError as error:
+        except (OSError, HapError) as error:
             log.warning("the measured times are not kept for the next run: %s", error)
 
 

@@ -1,28 +1,36 @@
-"""Measures a `LatencyTable`: every layer alone, on inputs of its real size, at a grid of widths."""
+"""Measures a `LatencyTable`: every layer and implant alone, on inputs of its real size, at a grid of widths."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from hap.batches import device_of, evaluating
 from hap.errors import HapError
+from hap.implants import Dense, Option
+from hap.planning.candidates import block, implantable
 from hap.planning.latency import measure_latency
 from hap.planning.latency_cache import LatencyCache
-from hap.planning.latency_table import Grid, LatencyTable
+from hap.planning.latency_parts import Call, Timed, Widths, after, implant, join, key, narrow
+from hap.planning.latency_table import Grid, LatencyTable, Way
+from hap.planning.rule import POINTWISE
 from hap.types import Layer, Progress, Structure, silent
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of a layer's width, at which it is timed
+COARSE = (1 / 8, 1 / 2, 1.0)  # the same for implants
 RUNS = 9
 SECONDS = 1.0  # for all widths of a layer, beyond the least number of runs
+
+_Part = tuple[str, Callable[[Call], nn.Module]]  # its name in the cache, and how it is made
 
 
 def time_layers(
@@ -31,6 +39,7 @@ def time_layers(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    implants: Mapping[str, Iterable[Way]] | None = None,
     cache: str | Path | None = None,
     progress: Progress = silent,
 ) -> LatencyTable:
@@ -40,6 +49,8 @@ def time_layers(
         model: the dense model; left as it is.
         structure: from `hap.trace`.
         args, kwargs: inputs, of the size that counts in deployment.
+        implants: for each layer (by module) the forms and ranks that its filters may be given (see `ways`); they
+            are timed too.
         cache: a JSON file that keeps times by device, number of threads, version of PyTorch and the layer's geometry;
             what it holds is not measured again.
         progress: shows the layers.
@@ -49,22 +60,29 @@ def time_layers(
     """
     device = device_of(model)
     kept = LatencyCache(cache, device)
-    inputs = _inputs(model, structure, args, dict(kwargs or {}))
-    grids: dict[str, Grid] = {}
-    whole = 0.0
+    calls = _calls(model, structure, args, dict(kwargs or {}))
+    layers: dict[str, Grid] = {}
+    forms: dict[str, dict[Way, Grid]] = {}
+    joins: dict[str, Grid] = {}
+    afters: dict[str, Grid] = {}
     for layer in progress(structure.layers, "timing layers", len(structure.layers)):
-        calls = inputs.get(layer.module, [])
-        module = model.get_submodule(layer.module)
-        found = [_grid(module, layer, structure, x, kept) for x in calls]
-        if found:
-            times = np.sum([grid.milliseconds for grid in found], axis=0)
-            grids[layer.module] = Grid(found[0].rows, found[0].columns, times)
-            whole += float(times[-1, -1])
-    key = json.dumps(["model", structure.fingerprint, *(list(t.shape) for t in _tensors((args, kwargs)))])
-    dense = kept.get(key)
+        ways = tuple((implants or {}).get(layer.module, ()))
+        timed = [
+            _Timing(model.get_submodule(layer.module), layer, structure, call, kept)  # type: ignore[arg-type]
+            for call in calls.get(layer.module, [])
+        ]
+        if timed:
+            layers[layer.module] = _sum([t.dense(bool(ways)) for t in timed])
+            afters[layer.module] = _sum([t.after() for t in timed])
+        if timed and ways:
+            forms[layer.module] = {way: _sum([t.implant(way) for t in timed]) for way in ways}
+            joins[layer.module] = _sum([t.join() for t in timed])
+    whole = sum(grid.milliseconds[-1][-1] for grid in layers.values())
+    name = json.dumps(["model", structure.fingerprint, *(list(t.shape) for t in _tensors((args, kwargs)))])
+    dense = kept.get(name)
     if dense is None:
-        dense = measure_latency({"dense": _Call(model, args, dict(kwargs or {}))}, (), runs=30)["dense"].median
-        kept.put(key, dense)
+        dense = measure_latency({"dense": Timed(model, args, dict(kwargs or {}))}, (), runs=30)["dense"].least
+        kept.put(name, dense)
     if not whole:
         raise HapError(
             "no layer of this model could be timed",
@@ -73,39 +91,39 @@ def time_layers(
             remedy="give a budget of params or macs",
         )
     kept.write()
-    return LatencyTable(kept.device, dense / whole, grids)
+    return LatencyTable(
+        kept.device, min(dense / whole, 1.0), layers, forms, joins, _spread(max(dense - whole, 0.0), afters)
+    )
+
+
+def ways(
+    structure: Structure, options: Mapping[str, Sequence[Option]], *, mode: Literal["paper", "optimal"]
+) -> dict[str, tuple[Way, ...]]:
+    """For each layer the implants that a plan may choose: in mode ``paper`` pointwise ones, else the options."""
+    if mode == "paper":
+        return {layer.module: ((POINTWISE, None),) for layer in implantable(structure)}
+    return {name: tuple((option.form, option.rank) for option in found) for name, found in options.items()}
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-class _Call(nn.Module):
-    """A module with its inputs."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.module, self.args, self.kwargs = module, args, dict(kwargs or {})
-
-    def forward(self) -> Any:
-        return self.module(*self.args, **self.kwargs)
-
-
-def _inputs(
+def _calls(
     model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, list[torch.Tensor]]:
-    """What each layer reads in one pass, call by call: tensors of the same shapes, not the values."""
-    found: dict[str, list[torch.Tensor]] = {}
+) -> dict[str, list[Call]]:
+    """What each layer reads and gives in one pass, call by call."""
+    found: dict[str, list[Call]] = {}
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            tensors = _tensors((given, named))
-            found.setdefault(name, []).append(torch.empty_like(tensors[0], device="meta"))
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: torch.Tensor) -> None:
+            x = _tensors((given, named))[0]
+            found.setdefault(name, []).append(Call(*(torch.empty_like(t, device="meta") for t in (x, y))))
 
         return hook
 
     handles = [
-        model.get_submodule(layer.module).register_forward_pre_hook(note(layer.module), with_kwargs=True)
+        model.get_submodule(layer.module).register_forward_hook(note(layer.module), with_kwargs=True)
         for layer in structure.layers
         if isinstance(model.get_submodule(layer.module), (_ConvNd, nn.Linear))
     ]
@@ -118,77 +136,95 @@ def _inputs(
     return found
 
 
-@dataclass(frozen=True)
-class _Widths:
-    """Filters, what each of them reads, and groups of a narrower layer."""
+class _Timing:
+    """Times one call of a layer: at several widths the layer itself, its implants, and what joins both."""
 
-    rows: int
-    columns: int
-    groups: int
+    def __init__(self, module: Dense, layer: Layer, structure: Structure, call: Call, cache: LatencyCache) -> None:
+        self.module, self.layer, self.call, self.cache = module, layer, call, cache
+        narrows = {(m.parameter, m.axis) for family in structure.families for m in family.members}
+        shape = structure.tensors[layer.weight].shape
+        self.rows, self.columns = shape[layer.output_axis], shape[1 - layer.output_axis]
+        self.fewer_rows, self.fewer_columns = (
+            (layer.weight, axis) in narrows for axis in (layer.output_axis, 1 - layer.output_axis)
+        )
+
+    def dense(self, implanted: bool) -> Grid:
+        """The layer itself; with fewer filters too where some may be `implanted`."""
+        layer = self.layer
+        # groups leave as a whole where what a filter reads is fixed; else all groups shrink alike
+        leaving = not self.fewer_columns and not layer.transposed
+        group = self.rows // layer.groups if leaving else layer.groups
+        rows = _knots(self.rows, self.fewer_rows or implanted, 1 if layer.transposed else group, SHARES)
+        columns = _knots(self.columns, self.fewer_columns, layer.groups if layer.transposed else 1, SHARES)
+        parts = {}
+        for r, c in itertools.product(rows, columns):
+            widths = Widths(r, c, r // group if leaving else layer.groups)
+            parts[r, c] = key(self.module, (r, c, widths.groups), self.call), partial(narrow, self.module, widths)
+        return self._grid(rows, columns, parts)
+
+    def implant(self, way: Way) -> Grid:
+        """The implant alone."""
+        size = block(self.layer)
+        rows = _knots(self.rows, True, size, COARSE)
+        columns = _knots(self.columns, self.fewer_columns, 1, COARSE)
+        parts = {}
+        for r, c in itertools.product(rows, columns):
+            widths = Widths(r, c, r // size if self.layer.groups > 1 else 1)
+            name = key(self.module, ("implant", *way, r, c, widths.groups), self.call)
+            parts[r, c] = name, partial(implant, self.module, self.layer, way, widths)
+        return self._grid(rows, columns, parts)
+
+    def join(self) -> Grid:
+        """What puts both together."""
+        rows = _knots(self.rows, True, 1, COARSE)
+        parts = {(r, 1): (key(self.module, ("join", r), self.call), partial(join, self.module, r)) for r in rows}
+        return self._grid(rows, [1], parts)
+
+    def after(self) -> Grid:
+        """What an element-wise operation takes on what the layer gives."""
+        rows = _knots(self.rows, self.fewer_rows, 1, COARSE)
+        parts = {
+            (r, 1): (key(self.module, ("after", r), self.call), partial(after, self.module, r / self.rows))
+            for r in rows
+        }
+        return self._grid(rows, [1], parts)
+
+    def _grid(self, rows: Sequence[int], columns: Sequence[int], parts: Mapping[tuple[int, int], _Part]) -> Grid:
+        """The times of parts by their widths; what the cache does not hold is measured, all in turns."""
+        missing = {name: make(self.call) for name, make in parts.values() if self.cache.get(name) is None}
+        if missing:
+            for name, latency in measure_latency(missing, (), runs=RUNS, seconds=SECONDS).items():
+                self.cache.put(name, latency.least)
+        return Grid(rows, columns, _falling([[self.cache.get(parts[r, c][0]) for c in columns] for r in rows]))
 
 
-def _grid(module: nn.Module, layer: Layer, structure: Structure, x: torch.Tensor, cache: LatencyCache) -> Grid:
-    """The times of one call of a layer."""
-    assert isinstance(module, (_ConvNd, nn.Linear))
-    narrows = {(m.parameter, m.axis) for family in structure.families for m in family.members}
-    shape = structure.tensors[layer.weight].shape
-    full = shape[1 - layer.output_axis]
-    narrow, narrower = ((layer.weight, axis) in narrows for axis in (layer.output_axis, 1 - layer.output_axis))
-    # groups leave as a whole where what a filter reads is fixed; else all groups shrink alike
-    leaving = not narrower and not layer.transposed
-    group = shape[layer.output_axis] // layer.groups if leaving else layer.groups
-    rows = _knots(shape[layer.output_axis], narrow, 1 if layer.transposed else group)
-    columns = _knots(full, narrower, layer.groups if layer.transposed else 1)
-    widths = [_Widths(r, c, r // group if leaving else layer.groups) for r in rows.tolist() for c in columns.tolist()]
-    keys = {w: _key(module, w, x) for w in widths}
-    missing = {k: _narrow(module, w, x) for w, k in keys.items() if cache.get(k) is None}
-    if missing:
-        for key, latency in measure_latency(missing, (), runs=RUNS, seconds=SECONDS).items():
-            cache.put(key, latency.median)
-    times = np.array([cache.get(keys[w]) for w in widths]).reshape(len(rows), len(columns))
-    return Grid(rows, columns, _falling(times))
+def _spread(rest: float, afters: Mapping[str, Grid]) -> dict[str, Grid]:
+    """What lies between the layers: it shrinks with them as element-wise operations do, for small inputs hardly."""
+    whole = sum(grid.milliseconds[-1][-1] for grid in afters.values())
+    factor = rest / whole if whole else 0.0
+    return {
+        name: Grid(grid.rows, grid.columns, [[factor * ms for ms in line] for line in grid.milliseconds])
+        for name, grid in afters.items()
+    }
 
 
-def _knots(size: int, narrows: bool, multiple: int) -> np.ndarray:
+def _sum(grids: Sequence[Grid]) -> Grid:
+    """The times of all calls of a layer."""
+    times = np.sum([grid.milliseconds for grid in grids], axis=0)
+    return Grid(grids[0].rows, grids[0].columns, times.tolist())
+
+
+def _knots(size: int, narrows: bool, multiple: int, shares: Sequence[float]) -> list[int]:
     """The widths to time: whole groups where those leave, else as many for each group."""
     if not narrows:
-        return np.array([size])
-    return np.unique([min(size, max(multiple, round(share * size) // multiple * multiple)) for share in SHARES])
+        return [size]
+    return sorted({min(size, max(multiple, round(share * size) // multiple * multiple)) for share in shares})
 
 
-def _falling(times: np.ndarray) -> np.ndarray:
+def _falling(times: Sequence[Sequence[float | None]]) -> list[list[float]]:
     """A narrower layer is not slower: what says so is noise, or an odd width that `round_to` avoids."""
+    found = np.array(times, dtype=np.float64)
     for axis in (0, 1):
-        times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
-    return times
-
-
-def _key(module: _ConvNd | nn.Linear, widths: _Widths, x: torch.Tensor) -> str:
-    """Everything that the time depends on, in words."""
-    settings: list[Any] = [type(module).__name__, widths.rows, widths.columns, widths.groups, module.bias is not None]
-    if isinstance(module, _ConvNd):
-        settings += [module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode]
-        settings += [list(x.shape[:1]), list(x.shape[2:]), x.stride(1) == 1]
-    else:
-        settings += [list(x.shape[:-1])]
-    return json.dumps([*settings, str(module.weight.dtype)])
-
-
-def _narrow(module: _ConvNd | nn.Linear, widths: _Widths, x: torch.Tensor) -> nn.Module:
-    """A layer of these widths, with inputs."""
-    weight, shape = module.weight, list(x.shape)
-    options: dict[str, Any] = {"bias": module.bias is not None, "device": weight.device, "dtype": weight.dtype}
-    if isinstance(module, nn.Linear):
-        return _Call(
-            nn.Linear(widths.columns, widths.rows, **options), (torch.rand(*shape[:-1], widths.columns).to(weight),)
-        )
-    for name in ("stride", "padding", "dilation", "padding_mode"):
-        options[name] = getattr(module, name)
-    # a transposed weight holds all inputs, and of the outputs those of a group; the others the other way round
-    per_input, per_output = (1, widths.groups) if isinstance(module, _ConvTransposeNd) else (widths.groups, 1)
-    inputs, outputs = widths.columns * per_input, widths.rows * per_output
-    new = type(module)(inputs, outputs, module.kernel_size, groups=widths.groups, **options)
-    values = torch.rand(shape[0], inputs, *shape[2:]).to(weight)
-    if x.stride(1) == 1 and x.ndim == 4:
-        return _Call(new.to(memory_format=torch.channels_last), (values.contiguous(memory_format=torch.channels_last),))
-    return _Call(new, (values,))
+        found = np.flip(np.minimum.accumulate(np.flip(found, axis), axis), axis)
+    fallen: list[list[float]] = found.tolist()
+    return fallen

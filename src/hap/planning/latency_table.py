@@ -1,62 +1,94 @@
-"""How long each layer takes at every width, measured on the user's own device."""
+"""How long each layer takes at every width, as it is and implanted, measured on the user's own device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
+from hap.errors import HapError
+
+Way = tuple[str, int | None]  # an implant's form and rank
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Grid:
-    """A layer's times at some widths.
+    """Times at some widths.
 
     Attributes:
         rows: numbers of filters, ascending.
         columns: numbers of inputs that each filter reads, ascending.
-        milliseconds: shape ``(len(rows), len(columns))``.
+        milliseconds: for each number of filters, the times by number of inputs.
     """
 
-    rows: np.ndarray
-    columns: np.ndarray
-    milliseconds: np.ndarray
+    rows: Sequence[int]
+    columns: Sequence[int]
+    milliseconds: Sequence[Sequence[float]]
 
-    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def at(self, rows: int, columns: int) -> float:
         """Bilinear interpolation; outside of the grid its nearest edge."""
         i, k, s = _place(self.rows, rows)
         j, n, t = _place(self.columns, columns)
-        low = self.milliseconds[i, j] * (1 - s) + self.milliseconds[k, j] * s
-        high = self.milliseconds[i, n] * (1 - s) + self.milliseconds[k, n] * s
-        found: np.ndarray = low * (1 - t) + high * t
-        return found
+        low = self.milliseconds[i][j] * (1 - s) + self.milliseconds[k][j] * s
+        high = self.milliseconds[i][n] * (1 - s) + self.milliseconds[k][n] * s
+        return low * (1 - t) + high * t
 
 
-def _place(grid: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each value, the knots on either side of it, and how far it is from the first, in [0, 1]."""
-    low = np.clip(np.searchsorted(grid, values, side="right") - 1, 0, len(grid) - 1)
-    high = np.minimum(low + 1, len(grid) - 1)
-    return low, high, np.clip((values - grid[low]) / np.maximum(grid[high] - grid[low], 1), 0.0, 1.0)
+def _place(knots: Sequence[int], value: int) -> tuple[int, int, float]:
+    """The knots on either side of a value, and how far it is from the first, in [0, 1]."""
+    low = max(bisect_right(knots, value) - 1, 0)
+    high = min(low + 1, len(knots) - 1)
+    return low, high, min(max((value - knots[low]) / max(knots[high] - knots[low], 1), 0.0), 1.0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LatencyTable:
-    """Times of a model's layers, scaled so that their sum is the time of the whole dense model.
+    """Times of a model's layers, and of what lies between them; their sum is the time of the whole dense model.
 
-    What lies between the layers (normalisations, activations) shrinks with them, so that each layer is charged
-    its share of it. An implanted filter counts as the full one: implants are not taken for faster than measured.
+    An implanted layer is two layers side by side and what joins them.
 
     Attributes:
         device: what it was measured on.
-        scale: milliseconds of the dense model for each millisecond of its layers alone.
+        scale: what the layers' times count, at most 1: less where all together take longer than the model.
         layers: by module.
+        implants: by module and way, the times of the implant alone.
+        joins: by module, what it costs to join two parts, by the number of filters of both (one column).
+        between: by module, its share of what lies between the layers (normalisations, activations), by the number of
+            its filters (one column).
     """
 
     device: str
     scale: float
     layers: Mapping[str, Grid]
+    implants: Mapping[str, Mapping[Way, Grid]] = field(default_factory=dict)
+    joins: Mapping[str, Grid] = field(default_factory=dict)
+    between: Mapping[str, Grid] = field(default_factory=dict)
 
-    def milliseconds(self, module: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray | float:
-        """The time of a layer at these widths; 0 for a layer that never runs."""
+    def milliseconds(
+        self, module: str, rows: int, columns: int, implanted: int = 0, way: Way = ("pointwise", None)
+    ) -> float:
+        """The time of a layer at these widths, `implanted` of its rows in a way; 0 for a layer that never runs.
+
+        Raises:
+            HapError: this way was not timed.
+        """
         grid = self.layers.get(module)
-        return 0.0 if grid is None else self.scale * grid.at(rows, columns)
+        if grid is None:
+            return 0.0
+        own = self._parts(module, rows, columns, implanted, way) if implanted else grid.at(rows, columns)
+        between = self.between.get(module)
+        return self.scale * own + (0.0 if between is None else between.at(rows, 1))
+
+    def _parts(self, module: str, rows: int, columns: int, implanted: int, way: Way) -> float:
+        ways = self.implants.get(module, {})
+        if way not in ways:
+            raise HapError(
+                f"the latency table has no times of {way[0]} implants in {module!r}",
+                expected="times of every form and rank that may be chosen",
+                got=", ".join(f"{form} {rank or ''}".strip() for form, rank in ways) or "none",
+                remedy="hap.planning.time_layers(..., implants=...), or implant_ratio=0",
+            )
+        implant = ways[way].at(implanted, columns)
+        if implanted == rows:
+            return implant
+        return self.layers[module].at(rows - implanted, columns) + implant + self.joins[module].at(rows, 1)

@@ -25,7 +25,8 @@ from hap.planning.state import State
 from hap.types import Budget
 
 ROUNDS = 8  # of prices
-HALVINGS = 36  # of the interval of rates
+HALVINGS = 36  # of the interval of rates, at most
+CLOSE = 0.9999  # of the budget: what is used when halving stops
 TIES = 1e-6  # of the mean rise: what the last unit counts more than the first, so that no two are equal
 
 
@@ -39,9 +40,7 @@ def choose(problem: Problem, cost: CostModel, budget: Budget) -> Choice:
     pruning, both = Exchange(problem, scale, implants=False), Exchange(problem, scale, implants=True)
     if both.fits(start := _start(problem)):
         return start.choice()
-    lowest = _lowest(problem, cost)
-    if not both.fits(lowest):
-        raise unreachable(lowest.choice().cost(cost), cost.dense, budget)
+    lowest = _lowest(problem, cost, both)
     # what is found without implants comes first and is only ever improved: implants never make a plan worse
     found = [both.improve(state) for state in _best(problem, pruning)]
     found += _best(problem, both) if problem.layers else []
@@ -66,18 +65,40 @@ def _start(problem: Problem) -> State:
     return state
 
 
-def _lowest(problem: Problem, cost: CostModel) -> State:
-    """The smallest model: all units that may leave have left, and the smallest form is everywhere where it saves."""
+def _lowest(problem: Problem, cost: CostModel, exchange: Exchange) -> State:
+    """A choice that meets the budget: all units that may leave have left, and more where that is not enough.
+
+    Raises:
+        HapError: there is none.
+    """
+    bare = _bare(problem)
+    smallest = _smallest(problem, cost, bare.copy())
+    for state in (bare, smallest):
+        if exchange.fits(state):
+            return state
+    for state in (bare, smallest):  # implants save parameters, not always time
+        if exchange.shrink(state := state.copy()):
+            return state
+    raise unreachable(smallest.choice().cost(cost), cost.dense, exchange.scale.budget)
+
+
+def _bare(problem: Problem) -> State:
+    """All units that may leave have left."""
     state = State(problem)
     for span, most in zip(problem.spans(), problem.most.tolist(), strict=True):
         state.remove(span.start + np.argsort(problem.score[span], kind="stable")[:most])
+    return state
+
+
+def _smallest(problem: Problem, cost: CostModel, state: State) -> State:
+    """The form of the fewest parameters is everywhere where it saves."""
+    place = cost.place(state.counts)
     for k, layer in enumerate(problem.layers):
-        blocks, module = state.open_blocks(k), layer.layer.module
+        blocks, module = state.open_blocks(k), layer.module
         shares = [Share(len(blocks) * layer.block, option.form, option.rank) for option in layer.options]
-        sizes = [cost.weights(module, state.counts, share) for share in shares]
-        if min(sizes) < cost.weights(module, state.counts, replace(shares[0], rows=0)):
-            state.option[k] = int(np.argmin(sizes))
-            state.implant(k, blocks)
+        sizes = [float(place.layer(module, share)[0]) for share in shares]
+        if min(sizes) < place.layer(module)[0]:
+            state.change(k, int(np.argmin(sizes)), blocks)
     return state
 
 
@@ -122,6 +143,8 @@ def _independent(problem: Problem, at: Prices, exchange: Exchange) -> tuple[Stat
         state = best_at(problem, at, middle, rises)
         if exchange.fits(state):
             high, under = middle, state
+            if exchange.used(state).max() > CLOSE:
+                break
         else:
             low, over = middle, state
     return over, under

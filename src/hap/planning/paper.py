@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
+from hap.implants import Option
 from hap.planning.budget import unreachable, used
 from hap.planning.candidates import candidates
 from hap.planning.choice import Choice
@@ -23,17 +26,19 @@ def choose(
     bounds: Constraints,
     *,
     implant_ratio: float,
+    options: Mapping[str, Sequence[Option]] | None = None,
 ) -> Choice:
     """All candidates are ranked together, least sensitive first (Yu et al. 2022, section 3).
 
     Of the first n, the most sensitive share `implant_ratio` gets implants and the others are pruned; n is the
     smallest number that meets the budget. A filter whose channel must stay, because others write to it too or
-    because it is frozen, is implanted instead of pruned. A 1 x 1 filter has no smaller form: it is pruned.
+    because it is frozen, is implanted instead of pruned. A 1 x 1 filter has no smaller form: it is pruned. Heads that
+    the `options` offer as narrow ones get half of their width, two in the place of one; one that is left over goes.
 
     Raises:
         HapError: the budget cannot be reached (says how low it can go).
     """
-    ranked = candidates(structure, sensitivity, bounds, with_implants=implant_ratio > 0)
+    ranked = candidates(structure, sensitivity, bounds, with_implants=implant_ratio > 0, options=options)
     return _search(Rule(ranked, implant_ratio, bounds.round_to), cost, budget)
 
 

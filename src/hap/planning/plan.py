@@ -7,13 +7,14 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from hap.errors import HapError
-from hap.implants import FORMS
+from hap.implants import FORMS, HEAD, Heads, heads_of
 from hap.types import Attribute, Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
 
 SCHEMA = 2
@@ -29,11 +30,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Implant:
-    """The filters of one layer that get a smaller replacement.
+    """The filters of one layer, or the heads of one attention module, that get a smaller replacement.
 
     Attributes:
-        indices: positions among the *dense* layer's filters; none of them is pruned.
-        form: name of the replacement, see `hap.implants`.
+        indices: positions among the *dense* layer's filters, or the module's heads; none of them is pruned.
+        form: name of the replacement, see `hap.implants`; ``head`` for narrow heads.
         rank: rank of the replacement, for forms that have one.
     """
 
@@ -49,7 +50,7 @@ class Plan:
     Attributes:
         structure: the structure of the dense model that the plan was made for.
         decisions: for every family, its `Decision`.
-        implants: for the layers (by module name) that get them, their `Implant`.
+        implants: for the layers and attention modules (by name) that get them, their `Implant`.
         budget: what was asked for.
         criterion: the sensitivity's criterion.
         dense, small: cost before, and the promised cost after.
@@ -67,6 +68,17 @@ class Plan:
     small: Cost
     predicted: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def filters(self) -> Mapping[str, Implant]:
+        """The implants of layers."""
+        return {name: implant for name, implant in self.implants.items() if implant.form != HEAD}
+
+    @cached_property
+    def narrowed(self) -> Mapping[str, tuple[Heads, Implant]]:
+        """The attention modules some of whose heads become narrow."""
+        sites = heads_of(self.structure) if len(self.filters) < len(self.implants) else {}
+        return {name: (sites[name], implant) for name, implant in self.implants.items() if implant.form == HEAD}
 
     def to_json(self) -> str:
         """The plan as JSON text, readable and stable."""
@@ -161,7 +173,10 @@ def _check(plan: Plan) -> None:
             if not {i for unit in member.indices for i in unit} <= set(range(length)):
                 raise ValueError(f"{family.name!r} lies outside of {member.parameter!r}")
             lost |= {(member.parameter, member.axis, i) for u in decision.prune for i in member.indices[u]}
-    for module, implant in plan.implants.items():
+    for module, (heads, implant) in plan.narrowed.items():
+        if implant.rank not in heads.ranks() or not set(implant.indices) <= set(plan.decisions[heads.family.name].keep):
+            raise ValueError(f"{module!r} has narrow heads of a rank that it cannot have, or in place of pruned ones")
+    for module, implant in plan.filters.items():
         layer = structure.layer(module)
         if implant.form not in FORMS:
             raise ValueError(f"{module!r} has an implant of unknown form {implant.form!r}")

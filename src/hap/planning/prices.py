@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hap.planning.cost import CostModel, Share
-from hap.planning.problem import Problem, dense_weights, weights_of
-from hap.types import Budget, Layer
+from hap.planning.cost import CostModel, Place, Share
+from hap.planning.problem import Implantable, Problem
+from hap.types import Budget
 
 
 class Scale:
@@ -25,7 +25,6 @@ class Scale:
         self.cost = cost
         self.budget = budget
         self._rows = [i for i, name in enumerate(dense) if name in budget.limits]
-        self._names = list(budget.limits)
         self._unit = np.array([limit * (dense[name] or 1) for name, limit in budget.limits.items()])
 
     def used(self, gone: np.ndarray, shares: dict[str, Share]) -> np.ndarray:
@@ -33,10 +32,10 @@ class Scale:
         found: np.ndarray = self.cost.costs(gone, shares)[self._rows] / self._unit[:, None]
         return found
 
-    def weight(self, layer: Layer) -> np.ndarray:
-        """The share that one weight of a layer takes, shape ``(quantities,)``. Implants take no time off."""
-        each = {"params": 1, "macs": layer.positions, "heads": self.cost.of_heads(layer.module), "latency": 0}
-        return np.array([each[name] for name in self._names]) / self._unit
+    def layer(self, place: Place, module: str, share: Share | None = None) -> np.ndarray:
+        """The share of each limited quantity that a layer takes, implanted or not, shape ``(quantities,)``."""
+        found: np.ndarray = place.layer(module, share)[self._rows] / self._unit
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +71,40 @@ def prices(problem: Problem, scale: Scale, gone: np.ndarray, shares: dict[str, S
     gone = np.minimum(gone, np.maximum(problem.sizes - 1, 0))
     places = np.concatenate([gone[None], gone + np.eye(len(gone), dtype=np.int64)])
     used = mix @ scale.used(places, shares)
-    block, entry = [], []
-    for layer in problem.layers:
-        rows, columns = scale.cost.widths(layer.layer.module, gone)
-        weight = float(mix @ scale.weight(layer.layer))
-        costs = [weights_of(option, layer.layer, rows, columns) for option in layer.options]
-        full = dense_weights(layer.layer, columns)
-        block.append(np.array([weight * layer.block * (full - each) for _, each in costs]))
-        entry.append(np.array([weight * once for once, _ in costs]))
-    return Prices(np.maximum(used[0] - used[1:], 0.0), tuple(block), tuple(entry))
+    place = scale.cost.place(gone)
+    pairs = [_of_layer(layer, scale, place, mix) for layer in problem.layers]
+    return Prices(np.maximum(used[0] - used[1:], 0.0), tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+
+
+def _of_layer(layer: Implantable, scale: Scale, place: Place, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each option, what an implanted block saves, and what the first one costs besides.
+
+    The straight line through the savings of half of the blocks and of all but one: a basis is smaller for fewer
+    filters than it has, and the time of two parts side by side goes when the last full filter does; such ends are
+    left to the steps with exact costs.
+    """
+    module = layer.module
+    if max(layer.parts) > 1:
+        return _of_heads(layer, scale, place, mix)
+    rows = place.widths(module)[0]
+    few, many = max(rows // 2 // layer.block * layer.block, min(layer.block, rows)), rows - layer.block
+    full = scale.layer(place, module)
+    slopes, entries = [], []
+    for option in layer.options:
+        one, most = (
+            float(mix @ (full - scale.layer(place, module, Share(n, option.form, option.rank)))) for n in (few, many)
+        )
+        slope = (most - one) / (many - few) if many > few else one / few
+        slopes.append(slope * layer.block)
+        entries.append(slope * few - one)
+    return np.array(slopes), np.array(entries)
+
+
+def _of_heads(layer: Implantable, scale: Scale, place: Place, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each option, what one narrow head saves where as many become narrow as take the place of one."""
+    full = scale.layer(place, layer.module)
+    saved = [
+        float(mix @ (full - scale.layer(place, layer.module, Share(parts, option.form, option.rank)))) / parts
+        for option, parts in zip(layer.options, layer.parts, strict=True)
+    ]
+    return np.array(saved), np.zeros(len(saved))

@@ -1,15 +1,15 @@
-"""The choices of mode ``optimal`` as arrays: units that may leave, blocks of filters that may be implanted."""
+"""The choices of mode ``optimal`` as arrays: units that may leave, filters and heads that may be implanted."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from hap.errors import HapError, unknown
-from hap.implants import Option, form_of
+from hap.implants import HEAD, Heads, Option, form_of, heads_of
 from hap.planning.candidates import block, checked, replaceable
 from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
@@ -17,21 +17,29 @@ from hap.types import Family, Layer, Sensitivity, Structure
 
 @dataclass(frozen=True, eq=False)
 class Implantable:
-    """A layer whose filters may be implanted, block by block, all in one form.
+    """A layer whose filters may be implanted, block by block, all in one form; or a module whose heads may be.
 
     Attributes:
-        layer: the layer.
-        block: filters in a block: one, or those of a convolution group.
+        module: the name of the layer, or of the attention module.
+        block: filters in a block: one, or those of a convolution group. One head.
         owner: for each block, the unit that it computes, -1 where none may leave.
         options: the forms to choose from.
         rise: the predicted rise of the loss by each option and block, shape ``(options, blocks)``.
+        parts: for each option, how many blocks take the place of a full one: heads save nothing one by one.
     """
 
-    layer: Layer
+    module: str
     block: int
     owner: np.ndarray
     options: tuple[Option, ...]
     rise: np.ndarray
+    parts: tuple[int, ...]
+
+    def step(self, option: int, implanted: int, *, smaller: bool) -> int:
+        """How many blocks to implant, or (not `smaller`) to make full again, at once."""
+        parts = self.parts[option]
+        begun = implanted % parts
+        return parts - begun if smaller else begun or parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +69,12 @@ class Problem:
     def sizes(self) -> np.ndarray:
         """Units of each family."""
         return np.diff(self.start)
+
+    @cached_property
+    def writers(self) -> tuple[tuple[int, ...], ...]:
+        """For each family, the layers (by number) with blocks that compute units of it."""
+        families = [np.searchsorted(self.start, owner, side="right") - 1 for owner in (x.owner for x in self.layers)]
+        return tuple(tuple(k for k, found in enumerate(families) if f in found) for f in range(len(self.families)))
 
     def spans(self) -> Iterator[slice]:
         """The units of each family."""
@@ -120,7 +134,10 @@ def problem(
         np.array([room.least for room in rooms], dtype=np.int64),
         np.array([room.most for room in rooms], dtype=np.int64),
         bounds.round_to,
-        tuple(_implantables(structure, sensitivity, bounds, options, start)),
+        (
+            *_implantables(structure, sensitivity, bounds, options, start),
+            *_narrowable(structure, bounds, options, np.maximum(score, 0.0), start),
+        ),
     )
 
 
@@ -151,7 +168,11 @@ def _implantables(
     start: np.ndarray,
 ) -> Iterator[Implantable]:
     layers = {layer.module: layer for layer in structure.layers}
+    sites = heads_of(structure)
+    in_heads = {module for name in options if name in sites for module in sites[name].modules}
     for module, found in options.items():
+        if module in sites or module in in_heads:  # heads become narrow as a whole, or not at all
+            continue
         if module not in layers:
             raise unknown("layer with implant options", module, layers)
         layer = layers[module]
@@ -165,17 +186,50 @@ def _implantables(
             continue
         size = block(layer)
         filters = np.maximum(checked(sensitivity, sensitivity.filters, module, layer.filters), 0.0)
-        rise = np.stack([filters * _undone(option, layer) for option in usable])
+        rise = np.stack([filters * _undone(option, module, layer.filters) for option in usable])
         owner = _owners(structure, layer, start)[::size]
-        yield Implantable(layer, size, owner, usable, rise.reshape(len(usable), -1, size).sum(2))
+        ones = (1,) * len(usable)
+        yield Implantable(module, size, owner, usable, rise.reshape(len(usable), -1, size).sum(2), ones)
 
 
-def _undone(option: Option, layer: Layer) -> np.ndarray:
-    undone: np.ndarray = option.undone.detach().double().cpu().numpy()
-    if undone.shape != (layer.filters,) or not np.isfinite(undone).all():
+def _narrowable(
+    structure: Structure,
+    bounds: Constraints,
+    options: Mapping[str, Sequence[Option]],
+    score: np.ndarray,
+    start: np.ndarray,
+) -> Iterator[Implantable]:
+    """The heads that may become narrow. To leave a share of a head undone costs that share of its own sensitivity.
+
+    What narrow heads miss is taken to lie across what other heads give, so that pairs do not count.
+    """
+    first = {family.name: int(i) for family, i in zip(structure.families, start, strict=False)}
+    for module, heads in heads_of(structure).items():
+        usable = tuple(option for option in options.get(module, ()) if option.form == HEAD)
+        if not usable or {layer.module for layer in heads.projections} & bounds.protected or bounds.round_to > 1:
+            continue
+        owner = first[heads.family.name] + np.arange(heads.family.size)
+        rise = np.stack([score[owner] * _undone(option, module, heads.family.size) for option in usable])
+        yield Implantable(module, 1, owner, usable, rise, tuple(_parts(heads, option) for option in usable))
+
+
+def _parts(heads: Heads, option: Option) -> int:
+    if option.rank not in heads.ranks():
         raise HapError(
-            f"the implant options do not fit the structure at {layer.module!r}",
-            expected=f"finite shares of shape ({layer.filters},)",
+            f"the heads of {heads.module!r} cannot become narrow in this way",
+            expected=f"a rank of {', '.join(map(str, heads.ranks()))}",
+            got=repr(option.rank),
+            remedy="measure the options again for this model, with hap.implants.head_options",
+        )
+    return heads.width // option.rank
+
+
+def _undone(option: Option, module: str, size: int) -> np.ndarray:
+    undone: np.ndarray = option.undone.detach().double().cpu().numpy()
+    if undone.shape != (size,) or not np.isfinite(undone).all():
+        raise HapError(
+            f"the implant options do not fit the structure at {module!r}",
+            expected=f"finite shares of shape ({size},)",
             got=f"shape {undone.shape} for {option.form}",
             remedy="measure them again for this model",
         )
@@ -191,21 +245,3 @@ def _owners(structure: Structure, layer: Layer, start: np.ndarray) -> np.ndarray
                 for unit, rows in enumerate(member.indices):
                     owner[list(rows)] = first + unit
     return owner
-
-
-def weights_of(option: Option, layer: Layer, rows: int, columns: int) -> tuple[float, float]:
-    """What implants of `rows` filters cost in weights: for the first one more than for others, and for each.
-
-    All known forms cost a constant and so much for each filter.
-    """
-    form = form_of(option.form)
-    if rows < 2:
-        return 0.0, float(form.weights(layer, max(rows, 1), columns, option.rank))
-    one, all_rows = (form.weights(layer, n, columns, option.rank) for n in (1, rows))
-    slope = (all_rows - one) / (rows - 1)
-    return one - slope, slope
-
-
-def dense_weights(layer: Layer, columns: int) -> int:
-    """Weights of one full filter."""
-    return columns * math.prod(layer.kernel)

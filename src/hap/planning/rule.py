@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 
+from hap.implants import HEAD
 from hap.planning.candidates import Candidates, block
 from hap.planning.choice import Choice
 from hap.planning.plan import Implant
 
-POINTWISE = "pointwise"  # the paper's only form
+POINTWISE = "pointwise"  # the paper's only form of a filter
+HALVES = 2  # narrow heads in the place of one
 
 
 class Rule:
@@ -48,16 +50,31 @@ class Rule:
         pruned = {name: mask.copy() for name, mask in ranked.forced.items()}
         units: list[tuple[int, int]] = []
         filters: list[tuple[int, int]] = []
+        narrow: dict[int, list[int]] = {}
         for position, i in enumerate(self._active[:n].tolist()):
             family, unit, layer = int(ranked.family[i]), int(ranked.unit[i]), int(ranked.layer[i])
             if layer >= 0:
                 filters.append((layer, unit))
                 continue
+            if position >= low and family in ranked.heads:
+                narrow.setdefault(family, []).append(unit)
+                continue
             units.append((family, unit))
             if position < low or not ranked.implants[family]:
                 pruned[ranked.families[family].name][unit] = True
         self._round(pruned)
-        return Choice(pruned, self._implanted(pruned, units, filters))
+        return Choice(pruned, self._implanted(pruned, units, filters) | self._narrow(pruned, narrow))
+
+    def _narrow(self, pruned: dict[str, np.ndarray], chosen: dict[int, list[int]]) -> dict[str, Implant]:
+        """The heads that become narrow, by module; of those that find no other to share a place, least first, none."""
+        found = {}
+        for family, units in chosen.items():
+            heads = self.ranked.heads[family]
+            over = len(units) % HALVES
+            pruned[heads.family.name][units[:over]] = True
+            if units[over:]:
+                found[heads.module] = Implant(tuple(sorted(units[over:])), HEAD, heads.width // HALVES)
+        return found
 
     def _round(self, pruned: dict[str, np.ndarray]) -> None:
         """Takes back the most sensitive pruned units of a family until its width is a multiple."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from hap.planning.choice import Choice
@@ -10,6 +12,7 @@ from hap.planning.plan import Implant
 from hap.planning.problem import Problem
 
 _FEW = 64  # units whose rows of the Gram matrix are added one by one rather than all anew
+_stamps = itertools.count(1)
 
 
 class State:
@@ -21,6 +24,7 @@ class State:
         option: for each layer, the option in use.
         implanted: for each layer, which of its blocks are implanted; none of them is gone.
         own: for each unit, the predicted rise by the implants among its own filters.
+        stamps: for each layer, a number that no other choice of its blocks has; 0 while all of them are full.
     """
 
     def __init__(self, problem: Problem, option: list[int] | None = None) -> None:
@@ -30,6 +34,8 @@ class State:
         self.option = option or [0] * len(problem.layers)
         self.implanted = [np.zeros(len(layer.owner), dtype=bool) for layer in problem.layers]
         self.own = np.zeros(len(problem.score))
+        self.stamps = [0] * len(problem.layers)
+        self._blocks = [0] * len(problem.layers)  # how many are implanted
         self._lost = 0.0  # by implants
         self._pull: np.ndarray | None = None  # gram @ gone, once it is asked for
 
@@ -39,6 +45,7 @@ class State:
         new.problem = self.problem
         new.gone, new.counts, new.own = self.gone.copy(), self.counts.copy(), self.own.copy()
         new.option, new.implanted = list(self.option), [mask.copy() for mask in self.implanted]
+        new.stamps, new._blocks = list(self.stamps), list(self._blocks)
         new._lost = self._lost
         new._pull = self._pull  # never changed in place
         return new
@@ -62,17 +69,8 @@ class State:
             self._pull = self.problem.gram @ self.gone.astype(np.float64)
         return self._pull
 
-    def rise(self, units: np.ndarray) -> float:
-        """By how much the predicted loss rises when these kept units leave together."""
-        alone = float((self.marginal()[units] - self.own[units]).sum())
-        return alone + self._between(units)
-
-    def fall(self, units: np.ndarray) -> float:
-        """By how much the predicted loss falls when these gone units come back together."""
-        return float(self.marginal()[units].sum()) - self._between(units)
-
-    def _between(self, units: np.ndarray) -> float:
-        """Half of the second derivatives between different units of a set."""
+    def between(self, units: np.ndarray) -> float:
+        """Half of the second derivatives between different units of a set: what they lose together besides."""
         gram = self.problem.gram
         if gram is None or len(units) < 2:
             return 0.0
@@ -81,10 +79,10 @@ class State:
 
     def remove(self, units: np.ndarray) -> None:
         """Lets kept units leave, with the implants among their filters."""
-        self._flip(units, True)
-        for mask, layer in zip(self.implanted, self.problem.layers, strict=True):
-            if mask.any():
-                mask &= ~np.isin(layer.owner, units)
+        for k in self._flip(units, True):
+            if self._blocks[k]:
+                self.implanted[k] &= ~np.isin(self.problem.layers[k].owner, units)
+                self._blocks[k] = int(self.implanted[k].sum())
         self._lost -= float(self.own[units].sum())
         self.own[units] = 0.0
 
@@ -92,7 +90,8 @@ class State:
         """Brings units back, with full filters."""
         self._flip(units, False)
 
-    def _flip(self, units: np.ndarray, gone: bool) -> None:
+    def _flip(self, units: np.ndarray, gone: bool) -> set[int]:
+        """Returns the layers that compute units of these families."""
         sign, gram = 1 if gone else -1, self.problem.gram
         self.gone[units] = gone
         families = np.searchsorted(self.problem.start, units, side="right") - 1
@@ -101,30 +100,45 @@ class State:
             self._pull = None
         else:
             self._pull = self._pull + sign * gram[units].sum(0)
+        layers = {k for family in set(families.tolist()) for k in self.problem.writers[family]}
+        for k in layers:
+            self.stamps[k] = next(_stamps)
+        return layers
 
     def implant(self, layer: int, blocks: np.ndarray, there: bool = True) -> None:
         """Implants full blocks of filters of a layer, or (not `there`) makes implanted ones full again."""
         chosen, sign = self.problem.layers[layer], 1 if there else -1
         rises = sign * chosen.rise[self.option[layer]][blocks]
         self.implanted[layer][blocks] = there
+        self._blocks[layer] += len(blocks) if there else -len(blocks)
+        self.stamps[layer] = next(_stamps)
         owners = chosen.owner[blocks]
         np.add.at(self.own, owners[owners >= 0], rises[owners >= 0])
         self._lost += float(rises.sum())
 
+    def change(self, layer: int, option: int, blocks: np.ndarray) -> None:
+        """Implants these blocks of a layer by another option, and no others."""
+        self.implant(layer, np.flatnonzero(self.implanted[layer]), there=False)
+        self.option[layer] = option
+        self.implant(layer, blocks)
+
     def open_blocks(self, layer: int) -> np.ndarray:
         """The blocks that are full: neither gone nor implanted."""
+        return np.flatnonzero(self.full(layer))
+
+    def full(self, layer: int) -> np.ndarray:
+        """A mask over the blocks of a layer: neither gone nor implanted."""
         owner = self.problem.layers[layer].owner
-        there = np.where(owner >= 0, ~self.gone[owner], True)
-        return np.flatnonzero(there & ~self.implanted[layer])
+        found: np.ndarray = ~(self.gone[owner] & (owner >= 0) | self.implanted[layer])
+        return found
 
     def shares(self) -> dict[str, Share]:
         """The implants, for the cost model."""
         found = {}
-        for layer, option, mask in zip(self.problem.layers, self.option, self.implanted, strict=True):
-            rows = int(mask.sum()) * layer.block
-            if rows:
+        for layer, option, blocks in zip(self.problem.layers, self.option, self._blocks, strict=True):
+            if blocks:
                 chosen = layer.options[option]
-                found[layer.layer.module] = Share(rows, chosen.form, chosen.rank)
+                found[layer.module] = Share(blocks * layer.block, chosen.form, chosen.rank)
         return found
 
     def choice(self) -> Choice:
@@ -133,9 +147,7 @@ class State:
         for layer, option, mask in zip(self.problem.layers, self.option, self.implanted, strict=True):
             rows = np.flatnonzero(np.repeat(mask, layer.block)).tolist()
             if rows:
-                implants[layer.layer.module] = Implant(
-                    tuple(rows), layer.options[option].form, layer.options[option].rank
-                )
+                implants[layer.module] = Implant(tuple(rows), layer.options[option].form, layer.options[option].rank)
         pruned = {
             f.name: self.gone[span].copy() for f, span in zip(self.problem.families, self.problem.spans(), strict=True)
         }

@@ -11,10 +11,23 @@ from torch import nn
 from hap.attention import OpenAttention, closed, nesting
 from hap.batches import Batch, copied, device_of, settled_, take
 from hap.errors import HapError, unknown
-from hap.implants import Fitted, Implanted, Init, Target, build, dense_layer, form_of, from_weights, least_squares
+from hap.implants import (
+    Fitted,
+    FittedHeads,
+    Implanted,
+    Init,
+    Target,
+    build,
+    dense_layer,
+    form_of,
+    from_weights,
+    least_squares,
+    narrow_heads,
+)
 from hap.planning import Plan
 from hap.structure import mirrors
 from hap.surgery.config import counts
+from hap.surgery.heads import narrowed, packed_types
 from hap.surgery.layout import Layout, layout
 from hap.types import Progress, describe, silent
 
@@ -36,7 +49,7 @@ def apply(
         batches: data for the least-squares fit of the implants.
         samples: how many examples the fit reads at most.
         init: what implants start from: ``least-squares`` on the data (the default where there are any), ``weights``
-            alone (centre taps, truncated SVD; the default where there are none), or ``zeros``.
+            alone (centre taps, truncated SVD; the default where there are none; not for heads), or ``zeros``.
         progress: shows the fit.
 
     Returns:
@@ -66,15 +79,18 @@ def apply_(
         raise unknown("start of implants", init, get_args(Init))
     places = layout(plan)
     wanted = targets(plan, places)
-    if init == "least-squares" and wanted:
-        data = take(batches, samples, device_of(model))
-        fitted = least_squares(model, wanted, progress(data, "fitting implants", None))
+    heads: dict[str, FittedHeads] = {}
+    if init == "least-squares" and plan.implants:
+        data = list(take(batches, samples, device_of(model)))
+        fitted = least_squares(model, wanted, progress(data, "fitting implants", len(data))) if wanted else {}
+        heads = _heads(model, plan, progress(data, "fitting narrow heads", len(data))) if plan.narrowed else {}
     else:
+        _check_start(plan, init)
         fitted = {
             name: from_weights(dense_layer(model, name), target, zeros=init == "zeros")
             for name, target in wanted.items()
         }
-    tensors = _tensors(model, places)
+    tensors = narrowed(model, plan, places, _tensors(model, places), heads)
     implants = {name: _implanted(model, plan, places, tensors, name, found) for name, found in fitted.items()}
     undo: list[Callable[[], None]] = []
     try:
@@ -85,6 +101,22 @@ def apply_(
         raise
     settled_(model)
     return model
+
+
+def _heads(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> dict[str, FittedHeads]:
+    """The fits of the heads that become narrow."""
+    sites = {name: (heads, implant.rank) for name, (heads, implant) in plan.narrowed.items() if implant.rank}
+    return narrow_heads(model, sites, batches)
+
+
+def _check_start(plan: Plan, init: Init) -> None:
+    if plan.narrowed and init == "weights":
+        raise HapError(
+            "narrow heads cannot be fitted without data",
+            expected="batches, to see what queries, keys and values are",
+            got="none",
+            remedy="pass calibration batches, or init='zeros' where weights are loaded afterwards",
+        )
 
 
 def check(model: nn.Module, plan: Plan) -> None:
@@ -119,7 +151,7 @@ def targets(plan: Plan, places: Layout) -> dict[str, Target]:
         HapError: a form is unknown, or not one for its layer.
     """
     found = {}
-    for name, implant in plan.implants.items():
+    for name, implant in plan.filters.items():
         layer, form = plan.structure.layer(name), form_of(implant.form)
         if not form.applies(layer) or form.ranked != (implant.rank is not None):
             raise HapError(
@@ -181,6 +213,8 @@ def _commit(
     _replace(model, {attention: OpenAttention(attention) for attention in attentions}, undo)
     for encoder in nesting(model) if attentions else ():
         _set_attribute(encoder, "use_nested_tensor", False, undo)
+    for module, kind in packed_types(model, plan):
+        _set_attribute(module, "__class__", kind, undo)
     structure = plan.structure
     for config, attribute, value in counts(model, plan):
         _set_attribute(config, attribute, value, undo)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hap.planning import Plan
+from hap.surgery.carriers import stored
 from hap.types import Family
 
 Key = tuple[str, int]  # a tensor and one of its axes
@@ -24,21 +25,25 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Drops pruned units; moves the units of implanted filters to one end of their family.
+    """Drops pruned units; moves the units of implanted filters, and narrow heads, to one end of their family.
 
     Implanted and other filters then lie side by side, so that the forward pass needs no scatter.
     """
     gone: dict[Key, set[int]] = {}
     moved: dict[Key, dict[int, int]] = {}
+    decisions = stored(plan)
+    sites = {heads.family.name: heads for heads, _ in plan.narrowed.values()}
     for family in plan.structure.families:
-        decision = plan.decisions[family.name]
-        order = _order(plan, family)
+        decision = decisions[family.name]
+        heads = sites.get(family.name)
+        order = _order(plan, family) if heads is None else decision.keep
         for member in family.members:
             key = (member.parameter, member.axis)
             gone.setdefault(key, set()).update(i for u in decision.prune for i in member.indices[u])
-            if order != decision.keep:
-                values = [i for u in order for i in member.indices[u]]
-                moved.setdefault(key, {}).update(zip(sorted(values), values, strict=True))
+            for indices in [member.indices] if heads is None else heads.chunks(member):
+                values = [i for u in order for i in indices[u]]
+                if list(order) != sorted(order):
+                    moved.setdefault(key, {}).update(zip(sorted(values), values, strict=True))
     kept = {}
     for key, lost in gone.items():
         places = moved.get(key, {})
@@ -71,7 +76,7 @@ def _implanted_units(plan: Plan, family: Family) -> list[set[int]]:
     """For each layer that writes the family, the units whose filters it implants."""
     found = []
     for layer in plan.structure.layers:
-        implant = plan.implants.get(layer.module)
+        implant = plan.filters.get(layer.module)
         for member in family.members if implant is not None else ():
             if (member.parameter, member.axis) == (layer.weight, layer.output_axis):
                 rows = set(implant.indices) if implant is not None else set()

@@ -17,7 +17,8 @@ def follow_(optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter]
 
     What it keeps for a parameter in tensors of the parameter's shape (momentum, Adam's moments) is cut to what is left
     of it, exactly; where it keeps anything of another shape, that parameter starts anew. Parameters of implants come
-    in without a state, in the group of those that they replace.
+    in without a state, in the group of those that they replace; narrow heads go on with what was kept for the heads
+    whose places they take.
 
     Args:
         optimizer: its parameter groups and state change.

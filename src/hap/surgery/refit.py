@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
 from hap.attention import opened
-from hap.batches import Batch, device_of, evaluating, forward, take
+from hap.batches import Batch, device_of, evaluating, forward, resized, take
 from hap.errors import HapError
-from hap.implants import Dense, Geometry, Implanted, Moments, Sums, flat, form_of, solve
+from hap.implants import Dense, Geometry, Implanted, Moments, Reading, Sums, flat, form_of, solve
+from hap.implants.observe import MEMORY
 from hap.planning import Plan
 from hap.surgery.apply import check
 from hap.surgery.layout import layout
+from hap.surgery.lockstep import in_lockstep, thread_state
 from hap.types import Progress, silent
 
-
-class _Reached(Exception):
-    """Ends a forward pass at the layer of interest."""
+log = logging.getLogger(__name__)
 
 
 def refit_(
@@ -30,6 +34,7 @@ def refit_(
     *,
     samples: int | None = 512,
     ridge: float = 1e-3,
+    memory: int = MEMORY,
     progress: Progress = silent,
 ) -> None:
     """Solves each layer's weights anew so that it puts out what the dense layer puts out.
@@ -37,9 +42,14 @@ def refit_(
     Layer by layer, from the input on: ``min_W E |Y - W X|^2 + ridge |X|^2 |W - W_0|^2``, where X is what
     the small model's layer reads (the earlier layers refitted already), Y what the dense layer puts
     out, and W_0 the weights as cut. Implants are fitted anew, in their form. Exact ridge
-    regression over streamed moments: one pass of both models up to each layer, no gradients.
+    regression over streamed moments, no gradients.
 
-    Grouped and transposed convolutions, and layers that are not modules of their own, stay as they are.
+    Both models run over the data once: all batches stop at each layer, in threads of their own, and go on with its new
+    weights. So the activations of all calibration examples at one place in each model are in memory together.
+
+    Layers stay as they are (and are logged) that are grouped or transposed convolutions, no modules of their
+    own, called never or more than once in a forward pass, share their weight with another module, or read so many
+    inputs that their moments do not fit in `memory`.
 
     Args:
         small: what `hap.apply` made; changed in place. Where this raises, it is as it was.
@@ -48,24 +58,37 @@ def refit_(
         batches: calibration data; one pass is read and kept in memory.
         samples: examples to use at most.
         ridge: pull towards the weights as cut, relative to the mean energy of the layer's inputs.
+        memory: bytes of the moments of one layer at most.
         progress: shows the layers.
 
     Raises:
-        HapError: `model` is not the plan's dense model, `small` is not what the plan made, or there is no data.
+        HapError: `model` is not the plan's dense model, `small` is not what the plan made, there is no data, or
+            activations are not finite.
     """
     check(model, plan)
     data = list(take(batches, samples, device_of(model)))
-    jobs = _jobs(small, model, plan)
-    before = [(p, p.detach().clone()) for job in jobs for p in job.entry.parameters()]
+    jobs = _jobs(small, model, plan, memory)
+    before = [(p, p.detach().clone()) for job in jobs.values() for p in job.entry.parameters()]
+    device = device_of(model)
+    state = thread_state(device)
     try:
         with evaluating(small), evaluating(model), opened(small), opened(model), torch.no_grad():
-            for job in progress(jobs, "refitting", len(jobs)):
-                job.solve(job.moments(small, model, data), ridge)
+            with state():
+                jobs = _called_once(small, jobs, resized(data[0], 1))
+            inputs = {name: job.entry for name, job in jobs.items()}
+            outputs = {name: job.dense for name, job in jobs.items()}
+            stops = in_lockstep(small, model, inputs, outputs, data, state)
+            with closing(stops), torch.autocast(device.type, enabled=False):
+                solved = {
+                    name for name, found in progress(stops, "refitting", len(jobs)) if jobs[name].solve(found, ridge)
+                }
     except BaseException:
         with torch.no_grad():
             for parameter, old in before:
                 parameter.copy_(old)
         raise
+    if left := [layer.module for layer in plan.structure.layers if layer.module not in solved]:
+        log.info("refit: %d layers stay as they are: %s", len(left), ", ".join(left))
 
 
 @dataclass(frozen=True)
@@ -86,29 +109,25 @@ class _Job:
     rows: tuple[int, ...]
     implanted: int
 
-    def moments(self, small: nn.Module, model: nn.Module, data: Sequence[Batch]) -> Moments:
-        """Of what the small model's layer reads and the dense one's puts out."""
+    def solve(self, found: Iterable[tuple[torch.Tensor, torch.Tensor]], ridge: float) -> bool:
+        """Solves for the layer's weights, from its inputs and the dense layer's outputs; False if there are none."""
         sums: Sums | None = None
-        for batch in data:
-            x = _caught(small, self.entry, batch, before=True)
-            y = _caught(model, self.dense, batch, before=False)
+        for x, y in found:
             geometry = Geometry.of(self.dense)
+            axis = geometry.channel_axis
             if sums is None:
-                axis = geometry.channel_axis
                 every = range(x.shape[axis])
                 sums = Sums(self.name, geometry, y.shape[axis], self.rows, every, centre=False, device=x.device)
             sums.add(x, y)
-        assert sums is not None
-        return sums.moments()
-
-    def solve(self, found: Moments, ridge: float) -> None:
-        """Writes the solution of the normal equations into the layer."""
-        kept = len(self.rows) - self.implanted
+        if sums is None:
+            return False
+        moments, kept = sums.moments(), len(self.rows) - self.implanted
         whole = self.entry.dense if isinstance(self.entry, Implanted) else self.entry
         if whole is not None:
-            _solve_dense(whole, found.of(slice(kept)), ridge)
+            _solve_dense(whole, moments.of(slice(kept)), ridge)
         if isinstance(self.entry, Implanted):
-            _solve_implant(self.entry, found.of(slice(kept, None)), ridge)
+            _solve_implant(self.entry, moments.of(slice(kept, None)), ridge)
+        return True
 
 
 def _solve_dense(layer: Dense, found: Moments, ridge: float) -> None:
@@ -133,46 +152,44 @@ def _solve_implant(layer: Implanted, found: Moments, ridge: float) -> None:
         old.copy_(bias)
 
 
-def _jobs(small: nn.Module, model: nn.Module, plan: Plan) -> list[_Job]:
+def _jobs(small: nn.Module, model: nn.Module, plan: Plan, memory: int) -> dict[str, _Job]:
+    """The layers that can be refitted, by name."""
     places = layout(plan)
     modules = dict(small.named_modules())
-    jobs = []
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    narrow = {layer.module for heads, _ in plan.narrowed.values() for layer in heads.projections}  # have no dense twin
+    jobs = {}
     for layer in plan.structure.layers:
         entry, dense = modules.get(layer.module), model.get_submodule(layer.module)
-        if not layer.positions or layer.groups > 1 or layer.transposed:
+        if not layer.positions or layer.groups > 1 or layer.transposed or layer.module in narrow:
             continue
-        implant = plan.implants.get(layer.module)
+        implant = plan.filters.get(layer.module)
         if implant is not None and not isinstance(entry, Implanted):
             raise HapError(
                 f"{layer.module!r} has no implant",
                 expected="the model that hap.apply made of this plan",
                 got=type(entry).__name__,
             )
-        if isinstance(entry, Implanted | Dense) and isinstance(dense, Dense):
+        if isinstance(entry, Implanted | Dense) and isinstance(dense, Dense) and users[id(dense.weight)] == 1:
             small_rows = set(implant.indices) if implant is not None else set()
             rows = sorted(places.of(layer.weight, layer.output_axis, layer.filters), key=small_rows.__contains__)
-            jobs.append(_Job(layer.module, dense, entry, tuple(rows), len(small_rows)))
+            columns = places.of(layer.weight, 1, dense.weight.shape[1])
+            if Reading(rows, columns, centre=False).bytes(prod(layer.kernel)) <= memory:
+                jobs[layer.module] = _Job(layer.module, dense, entry, tuple(rows), len(small_rows))
     return jobs
 
 
-def _caught(model: nn.Module, module: nn.Module, batch: Batch, *, before: bool) -> torch.Tensor:
-    """What `module` reads, or puts out, in the forward pass; the pass ends there."""
-    caught: list[torch.Tensor] = []
+def _called_once(small: nn.Module, jobs: Mapping[str, _Job], example: Batch) -> dict[str, _Job]:
+    """The layers that a forward pass calls once: only their one input tells what they should put out."""
+    calls: Counter[str] = Counter()
 
-    def stop(value: torch.Tensor) -> None:
-        caught.append(value)
-        raise _Reached
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update([name])
 
-    if before:
-        handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: stop(args[0] if args else kwargs["input"]), with_kwargs=True
-        )
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: stop(output))
+    handles = [job.entry.register_forward_pre_hook(count(name)) for name, job in jobs.items()]
     try:
-        forward(model, batch)
-    except _Reached:
-        return caught[0]
+        forward(small, example)
     finally:
-        handle.remove()
-    raise HapError(f"{type(module).__name__} is not called", expected="a layer that every forward pass calls")
+        for handle in handles:
+            handle.remove()
+    return {name: job for name, job in jobs.items() if calls[name] == 1}

@@ -16,6 +16,7 @@ from hap.errors import HapError
 from hap.implants import Implanted
 from hap.planning import Plan
 from hap.surgery.apply import check, targets
+from hap.surgery.heads import widened_
 from hap.surgery.layout import layout
 from hap.types import Verification
 
@@ -32,8 +33,8 @@ def verify(
     """Compares the small model with the dense one whose pruned units' gates are closed, in float64.
 
     The gates are closed where units are read: the consumers' weights for them become zero. Filters
-    with implants are replaced by the dense filters that compute what the implants do. It holds
-    right after `apply`, before anything is trained or refitted.
+    with implants are replaced by the dense filters that compute what the implants do, narrow heads
+    by full ones whose rest is zero. It holds right after `apply`, before anything is trained or refitted.
 
     Args:
         model: the dense model.
@@ -92,14 +93,15 @@ def _double(tree: Any) -> Any:
 def _gated(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     """The dense model in float64 with closed gates, and implants in place of the filters they replace."""
     reference = copied(model).to(torch.float64)
-    parameters = dict(reference.named_parameters())
+    parameters, places = dict(reference.named_parameters()), layout(plan)
+    widened_(reference, small, plan, places)
     with torch.no_grad():
-        for name, target in targets(plan, layout(plan)).items():
+        for name, target in targets(plan, places).items():
             implanted, layer = small.get_submodule(name), plan.structure.layer(name)
             assert isinstance(implanted, Implanted)
             weight, bias = copy.deepcopy(implanted).to(torch.float64).equivalent()
             dense = parameters[layer.weight]
-            rows, columns = (torch.tensor(places, device=dense.device) for places in (target.rows, target.columns))
+            rows, columns = (torch.tensor(found, device=dense.device) for found in (target.rows, target.columns))
             dense[rows] = torch.zeros_like(dense[rows]).index_copy_(1, columns, weight)
             if bias is not None and layer.bias is not None:
                 parameters[layer.bias][rows] = bias

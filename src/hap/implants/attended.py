@@ -1,0 +1,195 @@
+"""Watches attention calls while a model reads data: queries, keys, values, and what becomes of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hap.attention import opened
+from hap.batches import Batch, evaluating, forward
+from hap.implants.heads import Heads
+
+Part = Literal["query", "key", "value"]
+Place = tuple[str, int]  # a weight, and which of its chunks
+CLOSE = 1e-3  # of the largest value: how far rounding may take apart what is equal
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call of a module whose heads are watched.
+
+    Attributes:
+        query, key, value: what it is given, ``(..., heads, tokens, width)``.
+        mask, causal, scale: how it is called.
+        context: what it gives and the output layer reads, as they.
+        places: where the weights of queries, keys and values are.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+    scale: float
+    context: torch.Tensor
+    places: Mapping[Part, Place]
+
+
+Visit = Callable[[str, Call], None]
+
+
+def watch(model: nn.Module, sites: Mapping[str, Heads], batches: Iterable[Batch], visit: Visit) -> dict[str, str]:
+    """Runs the model in evaluation mode; `visit` is given each call, with the module's name.
+
+    Returns:
+        The modules whose heads cannot become narrow, each with the reason: something other than linear layers stands
+        before or after the attention call, or the call is not ``scaled_dot_product_attention``. Not all of their
+        calls are visited.
+    """
+    with evaluating(model), opened(model), torch.no_grad():
+        found = {name: _Site(heads) for name, heads in sites.items()}
+        with _hooked(model, found) as active, _Watch(model, found.values(), active, visit):
+            for batch in batches:
+                forward(model, batch)
+    return {
+        name: site.problem or "it makes no call of scaled_dot_product_attention"
+        for name, site in found.items()
+        if site.problem is not None or not site.visited
+    }
+
+
+@dataclass(eq=False)
+class _Site:
+    """What is known of a module while the model runs."""
+
+    heads: Heads
+    written: dict[str, torch.Tensor] = field(default_factory=dict)
+    call: tuple[torch.Tensor, ...] | None = None
+    how: tuple[torch.Tensor | None, bool, float] = (None, False, 1.0)
+    places: dict[Part, Place] = field(default_factory=dict)
+    visited: bool = False
+    problem: str | None = None
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, model: nn.Module, sites: Iterable[_Site], active: list[_Site], visit: Visit) -> None:
+        super().__init__()
+        self.active, self.visit = active, visit
+        tensors = dict(model.named_parameters())
+        self.layers: dict[int, tuple[_Site, str]] = {}
+        for site in sites:
+            for layer in (*site.heads.projections, site.heads.output):
+                self.layers[id(tensors[layer.weight])] = (site, layer.weight)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and self.active:
+            _attended(self.active[-1], y, *args, **(kwargs or {}))
+        elif func is F.linear or func is torch.addmm:
+            x, weight = args[:2] if func is F.linear else args[1:3]
+            site, name = self.layers.get(id(weight), (None, ""))
+            if site is not None and name == site.heads.output.weight:
+                self._read(site, x)
+            elif site is not None:
+                site.written[name] = y
+        return y
+
+    def _read(self, site: _Site, x: torch.Tensor) -> None:
+        """The output layer reads: now all of a call is known."""
+        heads, call = site.heads, site.call
+        if site.problem is not None or call is None:
+            return
+        (positions,) = heads.chunks(heads.member(heads.output.weight))
+        read = x.reshape(-1, x.shape[-1])[:, torch.tensor(positions, device=x.device)]
+        query, key, value, y = call
+        if not _same(_tokens(y), read):
+            site.problem = "its output layer reads something else than the heads"
+            return
+        site.places = site.places or _places(site, {"query": query, "key": key, "value": value})
+        if len(site.places) < len(get_args(Part)):
+            missing = ", ".join(sorted(set(get_args(Part)) - set(site.places)))
+            site.problem = f"its {missing} are not what a linear layer gives (rotary positions, a norm of each head)"
+            return
+        self.visit(heads.module, Call(query, key, value, *site.how, y, site.places))
+        site.visited, site.call = True, None
+        site.written.clear()
+
+
+def _attended(
+    site: _Site,
+    y: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    if site.problem is not None:
+        return
+    if site.call is not None:
+        site.problem = "it calls scaled_dot_product_attention several times"
+    if any(x.ndim < 3 or x.shape[-3] != site.heads.family.size for x in (query, key, value)):
+        site.problem = "queries and keys have not one head for each unit"
+        return
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    site.call, site.how = (query, key, value, y), (attn_mask, is_causal, scale)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """(..., heads, tokens, width) as (tokens, heads, width)."""
+    return x.movedim(-3, -2).flatten(0, -3)
+
+
+def _places(site: _Site, parts: Mapping[Part, torch.Tensor]) -> dict[Part, Place]:
+    """For queries, keys and values, the weight whose outputs they are."""
+    found: dict[Part, Place] = {}
+    for name, written in site.written.items():
+        orders = [written] + ([written.transpose(0, 1)] if written.ndim == 3 else [])  # examples or tokens come first
+        for number, positions in enumerate(site.heads.chunks(site.heads.member(name))):
+            index = torch.tensor(positions, device=written.device)
+            outputs = [y.reshape(-1, y.shape[-1])[:, index] for y in orders]
+            for part, x in parts.items():
+                if part not in found and any(_same(_tokens(x), y) for y in outputs):
+                    found[part] = (name, number)
+                    break
+    return found
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether x is y, or y times a number."""
+    if x.shape != y.shape:
+        return False
+    x, y = x.double(), y.double()
+    factor = (x * y).sum() / y.square().sum().clamp_min(1e-300)
+    return bool(factor != 0 and (x - factor * y).abs().max() <= CLOSE * x.abs().max())
+
+
+@contextmanager
+def _hooked(model: nn.Module, sites: Mapping[str, _Site]) -> Iterator[list[_Site]]:
+    """The modules that are running now, the innermost last."""
+    active: list[_Site] = []
+
+    def enter(site: _Site) -> Callable[..., None]:
+        return lambda *_: active.append(site)
+
+    def leave(*_: Any) -> None:
+        active.pop()
+
+    modules = [(model.get_submodule(name), site) for name, site in sites.items()]
+    handles = [module.register_forward_pre_hook(enter(site)) for module, site in modules]
+    handles += [module.register_forward_hook(leave, always_call=True) for module, _ in modules]
+    try:
+        yield active
+    finally:
+        for handle in handles:
+            handle.remove()

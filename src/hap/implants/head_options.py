@@ -1,0 +1,92 @@
+"""What narrow heads leave undone of full ones, measured by running them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hap.batches import Batch, device_of, take
+from hap.implants.attended import Call, watch
+from hap.implants.heads import HEAD, Heads, heads_of
+from hap.implants.narrow import Narrow, Sums, fit, moments, output_weight, seen, tokens
+from hap.implants.options import Option
+from hap.types import Progress, Structure, silent
+
+
+def head_options(
+    model: nn.Module,
+    structure: Structure,
+    batches: Iterable[Batch],
+    *,
+    samples: int | None = 512,
+    layers: Collection[str] | None = None,
+    progress: Progress = silent,
+) -> dict[str, tuple[Option, ...]]:
+    """For each attention module whose heads can become narrow, the ranks that they can have.
+
+    What a rank leaves undone of a head is the share of the energy of what it adds to the output, about its mean where
+    the output layer has a bias, that the fitted narrow head misses on the data: errors of scores and of values
+    together. Two passes over the data are made. Modules whose attention cannot be told to have narrow heads are left
+    out: eager attention, rotary positions, a norm or a positional bias of each head, grouped queries.
+
+    Args:
+        model: the dense model; left as it is.
+        structure: its structure.
+        batches: calibration data.
+        samples: examples to read at most.
+        layers: names of modules that may change; None for all.
+        progress: shows the batches.
+
+    Raises:
+        HapError: there is no data.
+    """
+    sites = {
+        name: heads
+        for name, heads in heads_of(structure).items()
+        if heads.ranks() and (layers is None or heads.modules <= set(layers))
+    }
+    if not sites:
+        return {}
+    data = list(take(batches, samples, device_of(model)))
+    found, _ = moments(model, sites, progress(data, "fitting narrow heads", len(data)))
+    weights = {name: output_weight(model, sites[name]) for name in found}
+    fitted = {
+        name: {rank: fit(each, weights[name], rank) for rank in sites[name].ranks()} for name, each in found.items()
+    }
+    sums = {name: {rank: Sums() for rank in each} for name, each in fitted.items()}
+
+    def add(name: str, call: Call) -> None:
+        there = seen(call)
+        for rank, narrow in fitted[name].items():
+            sums[name][rank].add(tokens(torch.cat([call.context, _context(call, narrow)], -1), there))
+
+    watch(model, {name: sites[name] for name in found}, progress(data, "trying narrow heads", len(data)), add)
+    return {
+        name: tuple(
+            Option(HEAD, rank, _undone(each, fitted[name][rank], weights[name], sites[name]))
+            for rank, each in by_rank.items()
+        )
+        for name, by_rank in sums.items()
+    }
+
+
+def _context(call: Call, narrow: Narrow) -> torch.Tensor:
+    """What narrow heads give, (..., heads, tokens, rank)."""
+    full, kept = (call.query, call.key, call.value), (narrow.query, narrow.key, narrow.value)
+    q, k, v = (x @ a.to(x.dtype) for x, a in zip(full, kept, strict=True))
+    return F.scaled_dot_product_attention(q, k, v, call.mask, 0.0, call.causal, scale=call.scale)
+
+
+def _undone(sums: Sums, narrow: Narrow, weight: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """The share of ``E |W z|^2`` that ``E |W z - W' z'|^2`` is, for each head; float64 (heads,)."""
+    second, mean = sums.moments()
+    if heads.output.bias is not None:
+        second = second - mean[:, :, None] * mean[:, None]
+    full = weight.double()
+    both = torch.cat([full, -narrow.output], -1)
+    missed = ((both @ second) * both).sum((-2, -1))
+    energy = ((full @ second[:, : heads.width, : heads.width]) * full).sum((-2, -1))
+    return torch.where(energy > 0, missed / energy, 0.0).clamp(0, 1)

@@ -1,0 +1,130 @@
+"""Narrow heads at run time: several of them lie side by side in the place of one full head.
+
+A model's own code goes on splitting its projections into heads of one width; only the attention call has to know which
+of these hold narrow ones. The module around the call gets a class that derives from its own and says so to
+``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hap.errors import HapError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where an attention module has its narrow heads.
+
+    Attributes:
+        packed: how many of its heads, the last ones, hold narrow heads.
+        parts: narrow heads in each of these, side by side along its width.
+    """
+
+    packed: int
+    parts: int
+
+
+_DERIVED: dict[tuple[type[nn.Module], Packing], type[nn.Module]] = {}  # a class is made once
+
+
+def packed_type(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
+    """The class, derived from `base`, of modules whose last heads are packed; for ``module.__class__``.
+
+    Such a module computes each narrow head by its own narrow attention call, with the scale of the full heads. It is
+    copied and pickled like any other.
+    """
+    key = (base, packing)
+    if key not in _DERIVED:
+        _DERIVED[key] = _derived(base, packing)
+    return _DERIVED[key]
+
+
+def _derived(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Unpacking(packing) as calls:
+            y = base.forward(self, *args, **kwargs)
+        if not calls.seen:
+            raise HapError(
+                f"{base.__name__} with narrow heads did not call scaled_dot_product_attention",
+                expected="an attention that goes through torch.nn.functional.scaled_dot_product_attention",
+                remedy="attn_implementation='sdpa' in transformers, need_weights=False in nn.MultiheadAttention",
+            )
+        return y
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _blank, (base, packing), self.__dict__
+
+    def extra_repr(self: nn.Module) -> str:
+        own = base.extra_repr(self)
+        return f"{own}{', ' if own else ''}{packing.packed} heads of {packing.parts} narrow ones each"
+
+    methods = {"forward": forward, "__reduce_ex__": reduce, "extra_repr": extra_repr, "packing": packing}
+    return type(f"Packed{base.__name__}", (base,), {**methods, "__module__": base.__module__})
+
+
+def _blank(base: type[nn.Module], packing: Packing) -> nn.Module:
+    """A module without its state, for copies."""
+    made = packed_type(base, packing)
+    return made.__new__(made)
+
+
+class _Unpacking(TorchFunctionMode):
+    """While it is active, attention calls see narrow heads.
+
+    Attributes:
+        seen: whether there was any call.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        super().__init__()
+        self.packing = packing
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.seen = True
+            return attend(self.packing, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def attend(
+    packing: Packing,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention`` of heads ``(..., heads, tokens, width)`` of which the last are packed.
+
+    Where the mask has an axis of heads, all parts of a packed one have its mask.
+    """
+    full = query.shape[-3] - packing.packed
+    heads = (query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    masks = (attn_mask, attn_mask)
+    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+        wide, narrow = attn_mask.split([full, packing.packed], -3)
+        masks = (wide, narrow.repeat_interleave(packing.parts, -3))
+    q, k, v = (_unpacked(x[..., full:, :, :], packing.parts) for x in heads)
+    y = F.scaled_dot_product_attention(q, k, v, masks[1], dropout_p, is_causal, scale=scale)
+    y = y.unflatten(-3, (packing.packed, packing.parts)).movedim(-3, -2).flatten(-2)
+    if not full:
+        return y
+    q, k, v = (x[..., :full, :, :] for x in heads)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v, masks[0], dropout_p, is_causal, scale=scale), y], -3)
+
+
+def _unpacked(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """(..., packed, tokens, width) as (..., packed * parts, tokens, width / parts)."""
+    return x.unflatten(-1, (parts, -1)).movedim(-2, -3).flatten(-4, -3)

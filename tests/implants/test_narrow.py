@@ -1,0 +1,202 @@
+"""Which heads can become narrow, and the narrow heads that are closest to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hap
+from hap.errors import HapError
+from hap.implants import head_options, heads_of, narrow_heads
+from hap.implants.narrow import fit, moments, output_weight
+
+HEADS, WIDTH, INPUTS = 4, 8, 12
+
+
+class Attention(nn.Module):
+    """Attention written by a user; `kind` says how it goes about it."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(INPUTS, HEADS * WIDTH) for _ in range(3))
+        self.o, self.kind = nn.Linear(HEADS * WIDTH, INPUTS, bias=kind != "no bias"), kind
+        self.norm = nn.RMSNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.kind == "rotary":
+            angle = torch.arange(q.shape[-2], dtype=q.dtype)[:, None]
+            turned = torch.cat([-q[..., WIDTH // 2 :], q[..., : WIDTH // 2]], -1)
+            q = q * angle.cos() + turned * angle.sin()
+        if self.kind == "norm":
+            q, k = self.norm(q), self.norm(k)
+        if self.kind == "scaled":
+            y = F.scaled_dot_product_attention(q * WIDTH**-0.5, k, v, scale=1.0)
+        elif self.kind == "eager":
+            y = (q @ k.mT / WIDTH**0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        if self.kind == "gated":
+            y = y.sigmoid()
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def build(kind: str = "plain") -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = nn.Sequential(Attention(kind), nn.Flatten(), nn.Linear(6 * INPUTS, 3)).double().eval()
+        for parameter in net[0].parameters():
+            parameter.data *= 2
+    return net
+
+
+@pytest.fixture
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, INPUTS, dtype=torch.float64, generator=generator)
+    return [(part, torch.zeros(32, dtype=torch.long)) for part in x.split(32)]
+
+
+def test_where_heads_are(batches) -> None:
+    heads = heads_of(hap.trace(build(), (batches[0][0],)))["0"]
+    assert heads.modules == {"0.q", "0.k", "0.v", "0.o"} and heads.output.module == "0.o"
+    assert (heads.width, heads.family.size, heads.ranks()) == (8, 4, (4, 2, 1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "no bias"])
+def test_what_is_undone_is_what_narrow_heads_miss(kind: str, batches) -> None:
+    """Against the definition, with the attention of each narrow head written out."""
+    model = build(kind)
+    structure = hap.trace(model, (batches[0][0],))
+    (options,) = head_options(model, structure, batches).values()
+    assert [option.rank for option in options] == [4, 2, 1]
+    heads = heads_of(structure)["0"]
+    (fitted,) = narrow_heads(model, {"0": (heads, 2)}, batches).values()
+    narrow, layer = fitted.narrow, model[0]
+    x = torch.cat([part for part, _ in batches])
+    with torch.no_grad():
+        q, k, v = (f(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+        scale = WIDTH**-0.5
+        if kind == "scaled":
+            q, scale = q * scale, 1.0
+        weight = layer.o.weight.unflatten(1, (-1, WIDTH)).movedim(1, 0)  # (heads, outputs, width)
+        full = (q @ k.mT * scale).softmax(-1) @ v @ weight.mT
+        a, b, c = q @ narrow.query, k @ narrow.key, v @ narrow.value
+        missed = full - (a @ b.mT * scale).softmax(-1) @ c @ narrow.output.mT
+    spread = lambda y: y.var((0, 2), unbiased=False).sum(-1) if kind != "no bias" else y.square().mean((0, 2)).sum(-1)  # noqa: E731
+    want = (spread(missed) / spread(full)).clamp(max=1)
+    assert torch.allclose(options[1].undone, want, atol=1e-9)
+    assert all((a.undone <= b.undone + 1e-9).all() for a, b in zip(options, options[1:], strict=False))
+
+
+def test_the_fit_is_the_best_of_its_rank(batches) -> None:
+    """Against reduced-rank regression by dense algebra, and random others of the same rank."""
+    model = build()
+    heads = heads_of(hap.trace(model, (batches[0][0],)))["0"]
+    found = moments(model, {"0": heads}, batches)[0]["0"]
+    weight = output_weight(model, heads)
+    narrow = fit(found, weight, 2)
+
+    def scores(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """E (q' k - q' A B' k)^2 of independent q and k - E k."""
+        left = torch.eye(WIDTH, dtype=torch.float64) - first @ second.mT
+        return (left.mT @ found.query @ left @ found.key).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def outputs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        left = weight - second @ first.mT
+        return (left @ found.context * left).sum((-2, -1))
+
+    best_scores, best_outputs = scores(narrow.query, narrow.key), outputs(narrow.value, narrow.output)
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1e-3, 1e-1):
+        for _ in range(20):
+            q, k, v, o = (
+                x * (1 + scale * torch.randn(x.shape, dtype=x.dtype, generator=generator))
+                for x in (narrow.query, narrow.key, narrow.value, narrow.output)
+            )
+            assert (scores(q, k) > best_scores).all() and (outputs(v, o) > best_outputs).all()
+    singular = torch.linalg.svdvals(torch.linalg.cholesky(found.query).mT @ torch.linalg.cholesky(found.key))
+    assert torch.allclose(best_scores, singular[:, 2:].square().sum(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("rotary", "query are not what a linear layer gives"),
+        ("eager", "no call of scaled_dot_product_attention"),
+        ("gated", "its output layer reads something else"),
+    ],
+)
+def test_heads_that_cannot_become_narrow(kind: str, problem: str, batches) -> None:
+    model = build(kind)
+    structure = hap.trace(model, (batches[0][0],))
+    assert head_options(model, structure, batches) == {}
+    with pytest.raises(HapError, match=problem):
+        narrow_heads(model, {"0": (heads_of(structure)["0"], 4)}, batches)
+
+
+def test_a_norm_of_each_head(batches) -> None:
+    model = build("norm")
+    assert head_options(model, hap.trace(model, (batches[0][0],)), batches) == {}
+
+
+def test_layers_that_are_left_alone(batches) -> None:
+    model = build()
+    structure = hap.trace(model, (batches[0][0],))
+    assert head_options(model, structure, batches, layers={"0.q", "0.k", "0.v"}) == {}
+
+
+def test_what_does_not_depend_on_the_key_does_not_matter(batches) -> None:
+    """A bias of the keys adds the same to all scores of a query."""
+    model, other = build(), build()
+    with torch.no_grad():
+        other[0].k.bias += 3.0
+    structure = hap.trace(model, (batches[0][0],))
+    first, second = (head_options(each, structure, batches)["0"] for each in (model, other))
+    assert all(torch.allclose(a.undone, b.undone, atol=1e-9) for a, b in zip(first, second, strict=True))
+
+
+def test_the_mean_stays(batches) -> None:
+    """Where scores are exact, what is missed of the values is missed about the mean, which the output's bias keeps."""
+    model = build()
+    with torch.no_grad():
+        model[0].k.weight.zero_()
+        model[0].v.bias += 2.0
+    structure = hap.trace(model, (batches[0][0],))
+    plan = hap.decide(
+        structure,
+        hap.measure(model, batches, None, structure, criterion="magnitude"),
+        hap.Budget(heads=0.5),
+        mode="optimal",
+        options={"0": head_options(model, structure, batches)["0"][:1]},
+        floor=HEADS,
+    )
+    assert plan.implants["0"].indices == (0, 1, 2, 3)
+    small = hap.apply(model, plan, batches)
+    x = torch.cat([part for part, _ in batches])
+    with torch.no_grad():
+        want, have = model[0](x), small[0](x)
+    assert (have - want).abs().max() > 0.1 and torch.allclose(have.mean((0, 1)), want.mean((0, 1)), atol=1e-9)
+
+
+def test_padding_does_not_count() -> None:
+    """What stands in tokens that nobody looks at changes nothing."""
+
+    class Masked(Attention):
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            q, k, v = (layer(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None]
+            y = F.scaled_dot_product_attention(q, k, v, mask.expand(-1, -1, x.shape[1], -1))
+            return self.o(y.transpose(1, 2).flatten(2))[:, 0]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Masked().double().eval()
+        x, lengths = torch.randn(16, 6, INPUTS).double(), torch.arange(16) % 4 + 2
+    other = torch.where((torch.arange(6) < lengths[:, None])[..., None], x, 100.0)
+    structure = hap.trace(model, (x, lengths))
+    first, second = (head_options(model, structure, [((inputs, lengths), torch.zeros(16))]) for inputs in (x, other))
+    assert list(first) == [""]
+    assert all(torch.allclose(a.undone, b.undone) for a, b in zip(first[""], second[""], strict=True))

@@ -1,0 +1,202 @@
+"""Heads to keep, to make narrow and to prune."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hap
+from hap.errors import HapError
+from hap.implants import HEAD, Option, heads_of
+from hap.planning import CostModel, Implant, compose
+from hap.planning.problem import Implantable
+
+X = torch.randn(8, 5, 12, generator=torch.Generator().manual_seed(0))
+HEADS, WIDTH = 6, 4
+
+
+class Block(nn.Module):
+    """Attention with 6 heads of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, HEADS * WIDTH) for _ in range(3))
+        self.o = nn.Linear(HEADS * WIDTH, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(Block(), Block(), nn.Flatten(), nn.Linear(60, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def structure(model: nn.Module) -> hap.Structure:
+    return hap.trace(model, (X,))
+
+
+def offered(structure: hap.Structure, *shares: tuple[int, float]) -> dict[str, tuple[Option, ...]]:
+    """Ranks, with what each leaves undone of every head."""
+    ones = torch.ones(HEADS, dtype=torch.float64)
+    return {name: tuple(Option(HEAD, rank, share * ones) for rank, share in shares) for name in heads_of(structure)}
+
+
+def scored(structure: hap.Structure, scores: list[list[float]]) -> hap.Sensitivity:
+    values = {f.name: torch.tensor(s, dtype=torch.float64) for f, s in zip(structure.families, scores, strict=True)}
+    return hap.Sensitivity("by hand", 1, 0, values, {name: torch.zeros_like(s) for name, s in values.items()})
+
+
+SCORES = [[1.0, 5.0, 2.0, 9.0, 4.0, 8.0], [3.0, 6.0, 7.0, 10.0, 11.0, 12.0]]
+
+
+def test_cost_is_that_of_as_many_full_heads(structure) -> None:
+    """The formula against the cost of a pruned model, and against the definition."""
+    cost = CostModel(structure)
+    (first, second) = structure.families
+    masks = {first.name: np.arange(HEADS) == 5, second.name: np.zeros(HEADS, dtype=bool)}
+    for indices, rank in (((0, 2), 2), ((0, 1, 2), 2), ((0, 1, 2, 3), 1), ((1,), 2)):
+        parts = WIDTH // rank
+        same = dict(masks)
+        same[first.name] = np.arange(HEADS) >= HEADS - 1 - len(indices) + -(-len(indices) // parts)
+        assert cost(masks, {"0": Implant(indices, HEAD, rank)}) == cost(same, {})
+
+
+def test_the_papers_rule_halves_the_most_sensitive(structure) -> None:
+    plan = hap.decide(
+        structure,
+        scored(structure, SCORES),
+        hap.Budget(heads=0.5),
+        implant_ratio=0.5,
+        options=offered(structure, (2, 0)),
+    )
+    # of the eight least sensitive the upper half becomes narrow: 1 and 5 of the first module, 1 and 2 of the second
+    assert plan.implants == {"0": Implant((1, 5), HEAD, 2), "1": Implant((1, 2), HEAD, 2)}
+    assert [decision.prune for decision in plan.decisions.values()] == [(0, 2, 4), (0,)]
+    assert plan.small.heads == 0.5 * plan.dense.heads
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("keep", [0.85, 0.6, 0.5])
+def test_the_papers_rule_meets_the_budget(structure, keep: float, ratio: float) -> None:
+    scores = scored(structure, SCORES)
+    plan = hap.decide(
+        structure, scores, hap.Budget(heads=keep), implant_ratio=ratio, options=offered(structure, (2, 0.1))
+    )
+    assert keep - 1 / 12 < plan.small.heads / plan.dense.heads <= keep
+    assert all(len(implant.indices) % 2 == 0 for implant in plan.implants.values())
+    assert bool(plan.implants) == (ratio > 0.5) or 0 < ratio <= 0.5  # who finds no other to share a place goes
+
+
+def exhaustive(structure: hap.Structure, scores: list[list[float]], share: float, keep: float) -> float:
+    """The least predicted loss over all choices: how many heads of each module leave, or become narrow by two."""
+    best = np.inf
+    ranked = [sorted(s) for s in scores]
+    numbers = [(gone, narrow) for gone in range(HEADS) for narrow in range(0, HEADS - gone + 1, 2)]
+    for choice in itertools.product(numbers, repeat=2):
+        left = sum(HEADS - gone - narrow // 2 for gone, narrow in choice)
+        if left <= keep * 2 * HEADS + 1e-9:
+            # for given numbers, who leaves is least sensitive, and who becomes narrow comes next
+            loss = sum(sum(s[:g]) + share * sum(s[g : g + n]) for s, (g, n) in zip(ranked, choice, strict=True))
+            best = min(best, loss)
+    return best
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.34])
+def test_optimal_is_the_best_of_all_choices(structure, keep: float, share: float) -> None:
+    plan = hap.decide(
+        structure,
+        scored(structure, SCORES),
+        hap.Budget(heads=keep),
+        mode="optimal",
+        options=offered(structure, (2, share)),
+    )
+    assert plan.small.heads <= keep * plan.dense.heads
+    assert plan.predicted == pytest.approx(exhaustive(structure, SCORES, share, keep), rel=0.05)
+
+
+def test_steps_fill_places() -> None:
+    """From three heads, of which four share a place, one more fills it; back, the three go at once."""
+    nothing = np.zeros((1, 8))
+    layer = Implantable("", 1, np.arange(8), (), nothing, (4,))
+    assert [layer.step(0, n, smaller=True) for n in (0, 3, 4)] == [4, 1, 4]
+    assert [layer.step(0, n, smaller=False) for n in (8, 7, 4)] == [4, 3, 4]
+
+
+def test_joint_choice_makes_heads_narrow_too(structure) -> None:
+    scores = scored(structure, SCORES)
+    gram = torch.diag(2 * torch.tensor([s for row in SCORES for s in row], dtype=torch.float64)) + 0.2
+    scores = dataclasses.replace(scores, gram=gram)
+    plans = [
+        hap.decide(structure, scores, hap.Budget(heads=0.5), mode="optimal", joint=True, options=options)
+        for options in (None, offered(structure, (2, 0.05)), offered(structure, (2, 0.05), (1, 0.1)))
+    ]
+    assert plans[1].implants and not plans[0].implants
+    assert plans[0].predicted > plans[1].predicted > plans[2].predicted
+    assert 1 in {implant.rank for implant in plans[2].implants.values()}
+
+
+@pytest.mark.parametrize("more", [{"round_to": 2}, {"protect": ["0"], "units": ["head"]}, {"implant_ratio": 0.0}])
+def test_where_heads_stay_full(structure, more) -> None:
+    given = {"implant_ratio": 0.5, **more}
+    for mode in ("paper", "optimal"):
+        plan = hap.decide(
+            structure,
+            scored(structure, SCORES),
+            hap.Budget(heads=0.75),
+            mode=mode,
+            options=offered(structure, (2, 0.0)),
+            **given,
+        )
+        assert "0" not in plan.implants and bool(plan.implants) == ("protect" in more)
+
+
+def test_a_rank_that_does_not_divide_is_refused(structure) -> None:
+    with pytest.raises(HapError, match="cannot become narrow in this way"):
+        hap.decide(
+            structure,
+            scored(structure, SCORES),
+            hap.Budget(heads=0.5),
+            mode="optimal",
+            options=offered(structure, (3, 0.1)),
+        )
+
+
+def test_the_whole_way(model, structure) -> None:
+    """Measured, planned, applied, verified; the plan survives JSON, and follows on a plan that prunes."""
+    batches = [(X, torch.arange(8) % 3)]
+    first = hap.prune(model, batches, None, hap.Budget(heads=0.8), implant_ratio=0)
+    for mode in ("paper", "optimal"):
+        second = hap.prune(first.model, batches, None, hap.Budget(heads=0.6), mode=mode, implant_ratio=0.5)
+        assert second.plan.options["joint"] == (mode == "optimal")
+        whole = compose(first.plan, second.plan)
+        assert hap.Plan.from_json(whole.to_json()) == whole
+        again = hap.apply(model, whole, init="zeros")
+        again.load_state_dict(second.model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(again(X), second.model(X))
+
+
+def test_a_damaged_plan_is_refused(structure) -> None:
+    plan = hap.decide(
+        structure,
+        scored(structure, SCORES),
+        hap.Budget(heads=0.5),
+        implant_ratio=0.5,
+        options=offered(structure, (2, 0.0)),
+    )
+    gone = plan.decisions[structure.families[0].name].prune
+    for bad in (Implant(gone[:1], HEAD, 2), Implant((1, 4), HEAD, 3), Implant((1, 4), HEAD, None)):
+        with pytest.raises(HapError, match="this plan is damaged"):
+            hap.Plan.from_json(dataclasses.replace(plan, implants={"0": bad}).to_json())
