@@ -23,6 +23,7 @@ def test_run_writes_a_directory_that_loads(model: nn.Module, data: zoo.DataSplit
     assert plan == done.result.plan
     accuracy = hap.evaluate(loaded, data.test).accuracy
     report = json.loads((out / "report.json").read_text())
+    assert report["options"]["recover"] == "refit"
     assert report["comparison"]["accuracy"]["small"] == accuracy
     assert report["comparison"]["params"]["small"] == sum(p.numel() for p in loaded.parameters())
     assert report["comparison"]["bytes"]["small"] == (out / "model.safetensors").stat().st_size

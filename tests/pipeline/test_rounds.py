@@ -41,6 +41,15 @@ def test_one_plan_for_the_dense_model(model: nn.Module, data: zoo.DataSplits, tm
         assert torch.equal(small.eval()(x), done.result.model.eval()(x))
 
 
+def test_each_round_reads_the_names(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    """Also where they come in an iterator."""
+    names = {"protect": iter(["conv1"]), "ignore": (name for name in ["linear"]), "units": iter(["channel"])}
+    options = {"implant_ratio": 0, "samples": 64, "training": Training(epochs=0), "recover": "none"}
+    done = run(model, data, hap.Budget(params=0.6), tmp_path / "run", iterations=3, **names, **options)
+    decisions = done.result.plan.decisions
+    assert not decisions["conv1"].prune and sum(len(d.prune) for d in decisions.values()) > 0
+
+
 def test_implants_come_in_the_last_round(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
     done = run(
         model, data, hap.Budget(macs=0.5), tmp_path / "run", iterations=2, training=Training(epochs=0),

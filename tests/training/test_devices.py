@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import hap
-from hap.training.devices import Accelerated
+from hap.training.devices import Share
 
 accelerate = pytest.importorskip("accelerate")
 SOURCE = Path(hap.__file__).parents[1]
@@ -63,18 +63,18 @@ def test_mixed_precision_is_taken_off_again(worker: ModuleType, accelerator) -> 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6])
 def test_shares_are_of_equal_length_and_hold_every_batch(count: int) -> None:
     every = list(range(count))
-    shares = [list(Accelerated(SimpleNamespace(num_processes=3, process_index=rank)).share(every)) for rank in range(3)]
+    shares = [list(Share(every, rank, 3)) for rank in range(3)]
     assert {len(share) for share in shares} == {-(-count // 3)}  # or the others would wait for the last
     assert {batch for share in shares for batch in share} == set(every)
     assert [share[0] for share in shares if share][:count] == every[:3]
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
-    # --multi_gpu is what starts several processes; the worker's Accelerator(cpu=True) puts them on the CPU.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does_with_larger_batches(tmp_path: Path, sharded: bool) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, "--main_process_port", "0", str(WORKER), str(tmp_path)],
+        [*launch, str(WORKER), str(tmp_path), *(["sharded"] if sharded else [])],
         env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")},
         capture_output=True,
         text=True,
@@ -87,7 +87,10 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
     assert first["seen"].tolist() == [48] * 3  # seven batches of six, the first once more
     worker = load_worker()
     alone = worker.build()
-    history = hap.finetune(alone, worker.rounds(), **worker.OPTIONS)
+    history = hap.finetune(alone, worker.rounds(), validation=worker.data(3, 6), ema=0.9, **worker.OPTIONS)
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
-    assert first["losses"].tolist() == pytest.approx([record.train_loss for record in history.epochs], rel=1e-6)
+    assert first["losses"].tolist() == pytest.approx([record.train_loss for record in history.epochs], rel=1e-9)
+    assert first["accuracies"].tolist() == [record.validation.accuracy for record in history.epochs]
+    whole = hap.evaluate(alone, worker.data(3, 6))  # three batches for two processes: one only fills up
+    assert first["again"].tolist() == pytest.approx([whole.loss, whole.accuracy, 18], rel=1e-9)

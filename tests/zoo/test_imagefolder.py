@@ -85,6 +85,18 @@ def test_batches_do_not_depend_on_workers(tmp_path):
     assert torch.equal(alone[0], helped[0]) and torch.equal(alone[1], helped[1])
 
 
+def test_a_share_of_the_batches_is_read_alone(tmp_path):
+    write(tmp_path, "train", 4)
+    write(tmp_path, "test", 1)
+    train = load(tmp_path, batch_size=3).train
+    whole = list(train.epoch(0))
+    for rank in range(2):
+        share = list(train.epoch(0, rank=rank, world=2))
+        expected = [whole[(turn * 2 + rank) % len(whole)] for turn in range(len(share))]
+        assert len(share) == -(-len(whole) // 2)
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(share, expected, strict=True))
+
+
 def test_limit(tmp_path):
     for part in ("train", "val", "test"):
         write(tmp_path, part, 5)

@@ -19,6 +19,10 @@ from hap.errors import HapError
         ("resnet44", 658_586),
         ("resnet56", 853_018),
         ("resnet110", 1_727_962),
+        ("preresnet164", 1_703_258),  # He et al. 2016b, table 4: 1.7M
+        ("vgg16-bn", 14_728_266),  # Li et al. 2017, table 1: 1.5e7
+        ("wideresnet32", 7_427_914),
+        ("preresnet29", 2_851_018),
         ("digits-cnn", 33_082),
     ],
 )
@@ -26,7 +30,67 @@ def test_parameter_counts(name, parameters):
     assert sum(p.numel() for p in zoo.build(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ["resnet20", "digits-cnn"])
+# torchvision's documentation, for 1,000 classes
+@pytest.mark.parametrize("name, parameters", [("resnet50", 25_557_032), ("mobilenetv2", 3_504_872)])
+def test_parameter_counts_of_torchvision(name, parameters):
+    pytest.importorskip("torchvision")
+    assert sum(p.numel() for p in zoo.build(name, classes=1000).parameters()) == parameters
+
+
+def test_the_paper_s_preresnet_is_he_s_but_for_its_widths():
+    """PreResNet-29 has 9n + 2 layers; with He's widths it would have 0.3M parameters, a tenth of the paper's."""
+    model = zoo.build("preresnet29")
+    main = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in name]
+    assert len(main) + 1 == 29
+    assert {m.out_channels for m in main} == {64, 128, 256}
+
+
+@pytest.mark.parametrize("name, depth", [("wideresnet32", 32), ("vgg16-bn", 14), ("preresnet164", 164)])
+def test_depth(name, depth):
+    shortcuts = ("shortcut", "downsample")
+    model = zoo.build(name)
+    main = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and not any(part in name for part in shortcuts)
+    ]
+    assert len(main) == depth
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder where torch.hub looks for weights, and nothing that it could fetch."""
+    hub = tmp_path / "hub"
+    monkeypatch.setenv("TORCH_HOME", str(hub))
+    (hub / "hub" / "checkpoints").mkdir(parents=True)
+
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    return hub / "hub" / "checkpoints"
+
+
+def test_weights_of_torchvision(cache):
+    models = pytest.importorskip("torchvision.models")
+    with pytest.raises(HapError, match="cannot be fetched[\\s\\S]*no connection"):
+        zoo.build("mobilenetv2", weights="torchvision:IMAGENET1K_V1", classes=1000)
+    trained = zoo.build("mobilenetv2", classes=1000, seed=5).state_dict()
+    torch.save(trained, cache / models.MobileNet_V2_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+    model = zoo.build("mobilenetv2", weights="torchvision:IMAGENET1K_V1", classes=1000)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(HapError, match="torchvision:IMAGENET1K_V1 do not fit"):
+        zoo.build("mobilenetv2", weights="torchvision:IMAGENET1K_V1", classes=10)
+
+
+def test_weights_that_torchvision_has_not():
+    with pytest.raises(HapError, match="did you mean 'IMAGENET1K_V1'"):
+        zoo.build("resnet50", weights="torchvision:IMAGENET_V1", classes=1000)
+    with pytest.raises(HapError, match="torchvision has no weights for 'resnet20'"):
+        zoo.build("resnet20", weights="torchvision:IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wideresnet32", "preresnet29", "vgg16-bn", "digits-cnn"])
 def test_input_shape_and_classes(name):
     model = zoo.build(name, classes=7)
     assert model.training
@@ -34,8 +98,9 @@ def test_input_shape_and_classes(name):
 
 
 def test_all_models_say_what_they_are():
-    assert set(zoo.MODELS) == {"resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "digits-cnn"}
-    assert "ResNet-110" in zoo.MODELS["resnet110"].what
+    for name, model in zoo.MODELS.items():
+        digits = "".join(c for c in name.partition("-")[0] if c.isdigit())
+        assert model.what and digits in model.what
 
 
 def test_seed_decides_the_weights():

@@ -12,9 +12,11 @@ from hap.zoo.splits import Normalisation, Options, Split, cut_validation, divide
 class Positions(Split):
     """Batches of the positions themselves, and one random number."""
 
-    def _batches(self, order, generator):
-        for index in order.split(self.batch_size):
-            yield index, torch.rand(1, generator=generator)
+    def _batches(self, order, generator, mine):
+        parts = order.split(self.batch_size)
+        drawn = [torch.rand(1, generator=generator) for _ in parts]
+        for number in mine:
+            yield parts[number], drawn[number]
 
 
 def options(**changes):
@@ -87,7 +89,7 @@ def test_divide_is_uniform():
 
 @pytest.mark.parametrize("count, held_out", [(1, 1), (5, 5), (5, 0), (0, 1)])
 def test_divide_leaves_no_part_empty(count, held_out):
-    with pytest.raises(HapError, match="cannot be divided"):
+    with pytest.raises(HapError, match=r"cannot be divided\n  expected: .* examples\n"):
         divide(count, held_out, seed=0)
 
 

@@ -57,6 +57,12 @@ def test_another_length_tokenizer_or_text_is_another_file(tokenizer, source: Pat
     source.write_text("good film\ndull")
     Cache(tmp_path / "kept", tokenizer, 16)([source], "x", read)
     assert read.times == 4
+    tokenizer.truncation_side = "left"
+    Cache(tmp_path / "kept", tokenizer, 16)([source], "x", read)
+    assert read.times == 5
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    columns = Cache(tmp_path / "kept", tokenizer, 16)([source], "x", read).columns
+    assert read.times == 6 and list(columns) == ["input_ids"]
 
 
 def test_a_damaged_cache_is_written_anew(tokenizer, source: Path, tmp_path: Path) -> None:

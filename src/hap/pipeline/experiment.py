@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,30 +18,20 @@ from hap.batches import arguments, device_of, resized, to_device
 from hap.checkpoint import fresh_directory, refuse_existing
 from hap.errors import unknown
 from hap.pipeline.record import BATCH, Round, Run, compare, write_run
-from hap.pipeline.rounds import in_rounds
+from hap.pipeline.rounds import in_rounds, repeatable
 from hap.pipeline.stages import Result, prune, step
+from hap.pipeline.together import by_the_first, is_first
+from hap.pipeline.training import Training
 from hap.planning import Latency, measure_latency
+from hap.planning.budget import fractions
+from hap.report import Target, reached
 from hap.surgery import refit_
 from hap.training import evaluate, finetune, recalibrate_
-from hap.types import Budget, Progress, silent
-from hap.zoo import DataSplits
+from hap.types import Budget, Evaluation, Log, Progress, silent
+from hap.zoo import DataSplits, Split
 
-log = logging.getLogger(__name__)
-Recover = Literal["recalibrate", "refit", "none"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to fine-tune; the fields are those of `hap.finetune`."""
-
-    epochs: int = 1
-    optimizer: str = "sgd"
-    lr: float | None = None
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    ema: float | None = None
-    clip: float | None = None
+logger = logging.getLogger(__name__)
+Recover = Literal["refit", "recalibrate", "none"]
 
 
 def run(
@@ -51,18 +42,26 @@ def run(
     *,
     tokenizer: Any = None,
     iterations: int = 1,
-    recover: Recover = "recalibrate",
+    recover: Recover = "refit",
     training: Training | None = None,
+    targets: Sequence[Target] = (),
+    rival: float | None = None,
+    accelerator: Any = None,
     overwrite: bool = False,
     seed: int = 0,
+    work: Path | None = None,
     options: dict[str, Any] | None = None,
+    log: Log | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Run:
-    """Prunes a classifier, recalibrates, fine-tunes, evaluates and writes the run directory.
+    """Prunes a classifier, recovers, fine-tunes, evaluates and writes the run directory.
 
     The directory is also a checkpoint for `hap.load`; with ``report.json`` and two plots. It
     appears whole at the end, or not at all.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls this with the same arguments and an `accelerator`.
+    They share measuring, training and evaluation; the plan and the times are the first one's, and it alone writes.
 
     Args:
         model: the dense classifier; left as it is.
@@ -72,12 +71,19 @@ def run(
         tokenizer: of a model of texts; see `hap.save`.
         iterations: in how many rounds of measuring, pruning and fine-tuning. What remains shrinks by the same factor in
             each; implants come in the last. The plan that is stored is one for the dense model.
-        recover: what follows a cut: ``recalibrate`` computes batch-norm statistics anew, ``refit``
-            solves the weights that are left in closed form (`hap.refit_`), ``none`` does nothing.
+        recover: what follows a cut: ``refit`` solves the weights that are left in closed form (`hap.refit_`),
+            ``recalibrate`` computes batch-norm statistics anew, ``none`` does nothing.
         training: how to fine-tune in each round; None for `Training`'s defaults.
+        targets: published numbers to hold the result against.
+        rival: the accuracy of another small model, for targets of a gain over it.
+        accelerator: an `accelerate.Accelerator`; the model is on its device.
         overwrite: replace `out` if it exists.
         seed: of everything drawn at random.
+        work: a folder that exists, for what a run that is killed goes on from when it is started again with the same
+            arguments, with the same result; the caller removes it. None keeps nothing.
         options: for the record in ``report.json``: how the model and the data were chosen.
+        log: takes losses and learning rates while training, see `hap.finetune`; at the end the seconds of each stage
+            and the test results.
         progress: shows how far the stages are.
         settings: passed on to `prune`.
     """
@@ -85,50 +91,93 @@ def run(
     if recover not in get_args(Recover):
         raise unknown("recovery", recover, get_args(Recover))
     refuse_existing(out, overwrite)
+    settings = repeatable(settings)
     seconds: dict[str, float] = {}
+
+    rounds_done = itertools.count(1)
+
+    def assessed(found: nn.Module, split: Split, **more: Any) -> Evaluation:
+        return evaluate(found, split, accelerator=accelerator, progress=progress, **more)
 
     def train_(small: nn.Module, dense: nn.Module, result: Result) -> Round:
         """Recovers and fine-tunes, and notes how it went."""
+        number = next(rounds_done)
         with _timed(seconds, recover):
-            cut = evaluate(small, data.validation, progress=progress)
-            whole = evaluate(dense, data.validation, progress=progress)
+            cut, whole = assessed(small, data.validation), assessed(dense, data.validation)
             if recover == "refit":
                 refit_(small, dense, result.plan, data.calibration, samples=512, progress=progress)
             elif recover == "recalibrate":
                 recalibrate_(small, data.calibration, samples=2048, progress=progress)
-            as_cut = evaluate(small, data.validation, progress=progress)
+            as_cut = assessed(small, data.validation)
         with _timed(seconds, "finetune"):
             history = finetune(
                 small,
-                data.train,
+                _from_epoch(data.train, (number - 1) * training.epochs),
                 validation=data.validation,
+                accelerator=accelerator,
                 seed=seed,
+                state=None if work is None else folder(number) / "finetune.safetensors",
+                log=log if log is None or iterations == 1 else _named(log, f"round{number}/"),
                 progress=progress,
-                **dataclasses.asdict(training),
+                **training.options(model),
             )
         return Round(result.plan.small, result.plan.predicted, cut.loss - whole.loss, as_cut, history)
 
+    def folder(number: int) -> Path:
+        assert work is not None
+        found = work / f"round{number}"
+        found.mkdir(exist_ok=True)
+        return found
+
+    cuts_done = itertools.count(1)
+
     def cut(dense: nn.Module, part: Budget, **more: Any) -> Result:
+        number = next(cuts_done)
+        kept = {} if work is None else {"state": folder(number)}
         with _timed(seconds, "prune"):
-            return prune(dense, data.calibration, None, part, seed=seed, progress=progress, **{**settings, **more})
+            return prune(
+                dense, data.calibration, None, part, seed=seed, progress=progress, **{**settings, **kept, **more}
+            )
 
     result, rounds = in_rounds(model, budget, iterations, cut, train_, **settings)
     small = result.model
     with _timed(seconds, "evaluate"):
-        before = evaluate(model, data.test, metrics=data.metrics, progress=progress)
-        after = evaluate(small, data.test, metrics=data.metrics, progress=progress)
-        latency = _latency(model, small, data, progress)
+        before = assessed(model, data.test, metrics=data.metrics)
+        after = assessed(small, data.test, metrics=data.metrics)
+        latency = by_the_first(lambda: _latency(model, small, data, progress))
     comparison = compare(model, result, before, after, latency)
-    done = Run(result, comparison, rounds, latency, out, seconds)
-    with fresh_directory(out, overwrite=overwrite) as staging:
-        write_run(
-            done,
-            model,
-            staging,
-            tokenizer,
-            {**(options or {}), "seed": seed, "recover": recover, "training": dataclasses.asdict(training)},
-        )
+    found = reached(
+        targets, (before.accuracy, after.accuracy), fractions(result.plan.small, result.plan.dense), rival=rival
+    )
+    done = Run(result, comparison, rounds, latency, out, seconds, found)
+    record = {**(options or {}), "seed": seed, "recover": recover, "training": dataclasses.asdict(training)}
+    by_the_first(lambda: _write(done, model, tokenizer, record, overwrite))
+    if log is not None and is_first():
+        log(_summary(done, after), sum(len(found.history.epochs) for found in rounds))
     return done
+
+
+def _write(done: Run, model: nn.Module, tokenizer: Any, record: dict[str, Any], overwrite: bool) -> None:
+    with fresh_directory(done.directory, overwrite=overwrite) as staging:
+        write_run(done, model, staging, tokenizer, record)
+
+
+def _from_epoch(train: Split, epochs: int) -> Split:
+    """The training examples as they are after so many epochs, whoever has read them before."""
+    found = copy.copy(train)
+    found.load_state_dict({"epochs": epochs})
+    return found
+
+
+def _named(log: Log, prefix: str) -> Log:
+    return lambda values, step: log({f"{prefix}{name}": value for name, value in values.items()}, step)
+
+
+def _summary(done: Run, after: Evaluation) -> dict[str, float]:
+    """The seconds of each stage, and the test results of the small model."""
+    numbers = {"loss": after.loss, "accuracy": after.accuracy, **after.metrics}
+    times = {f"seconds/{stage}": spent for stage, spent in done.seconds.items()}
+    return times | {f"test/{name}": value for name, value in numbers.items() if value is not None}
 
 
 @contextmanager
@@ -137,7 +186,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     yield
     spent = time.perf_counter() - start
     seconds[stage] = seconds.get(stage, 0.0) + spent
-    log.info("%s took %.1f s", stage, spent)
+    logger.info("%s took %.1f s", stage, spent)
 
 
 def _latency(model: nn.Module, small: nn.Module, data: DataSplits, progress: Progress) -> dict[int, dict[str, Latency]]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from hap.batches import device_of
 from hap.checkpoint import stored_bytes, write
+from hap.curvature import CRITERIA
 from hap.pipeline.stages import Result
 from hap.planning import Latency, versions
-from hap.report import Comparison, Measured, sensitivity_plot, table, width_plot, write_json
+from hap.report import Comparison, Measured, Reached, sensitivity_plot, table, width_plot, write_json
 from hap.training import History
 from hap.types import Cost, Evaluation
 
@@ -53,6 +54,7 @@ class Run:
         latency: by number of examples in the input, of the dense and the small model.
         seconds: time of each stage.
         directory: where everything was written.
+        targets: what it was held against, and how far it is from it.
     """
 
     result: Result
@@ -61,6 +63,7 @@ class Run:
     latency: dict[int, dict[str, Latency]]
     directory: Path
     seconds: dict[str, float] = field(default_factory=dict)
+    targets: tuple[Reached, ...] = ()
 
     @property
     def as_cut(self) -> Evaluation:
@@ -71,6 +74,12 @@ class Run:
     def history(self) -> History:
         """Of the last round."""
         return self.rounds[-1].history
+
+    @property
+    def predicts_loss(self) -> bool:
+        """Whether what the plan predicted is a rise of the loss, to hold against the measured one."""
+        known = CRITERIA.get(self.result.sensitivity.criterion)
+        return known is not None and known.predicts_loss
 
 
 def compare(
@@ -134,9 +143,19 @@ def _report(done: Run, model: nn.Module, options: dict[str, Any]) -> dict[str, A
             }
             for row in done.comparison.rows
         },
+        "targets": [
+            {
+                **dataclasses.asdict(found.target),
+                "reached": found.value,
+                "difference": found.difference,
+                "met": found.met,
+            }
+            for found in done.targets
+        ],
         "units": sum(len(d.keep) + len(d.prune) for d in result.plan.decisions.values()),
         "pruned_units": sum(len(d.prune) for d in result.plan.decisions.values()),
-        "implanted_filters": sum(len(i.indices) for i in result.plan.implants.values()),
+        "implanted_filters": sum(len(i.indices) for i in result.plan.filters.values()),
+        "narrow_heads": sum(len(i.indices) for _, i in result.plan.narrowed.values()),
         "verification": dataclasses.asdict(result.verification),
         "as_cut": dataclasses.asdict(done.as_cut),
         "history": done.history.to_dict(),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,7 +12,7 @@ from hap.errors import HapError
 from hap.pipeline.stages import Result
 from hap.planning import Plan, compose
 from hap.planning.constraints import counts
-from hap.types import Budget, Structure
+from hap.types import Budget
 
 T = TypeVar("T")
 
@@ -27,6 +26,12 @@ def schedule(budget: Budget, rounds: int) -> list[Budget]:
     if rounds < 1:
         raise HapError("iterations is out of range", expected="an integer of at least 1", got=repr(rounds))
     return [Budget(**{k: v ** (n / rounds) for k, v in budget.limits.items()}) for n in range(1, rounds + 1)]
+
+
+def repeatable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `hap.pipeline.prune`, with names that could be read only once read out: each round reads them."""
+    names = {k: tuple(settings[k]) for k in ("protect", "units", "ignore") if settings.get(k) is not None}
+    return {**settings, **names}
 
 
 def in_rounds(
@@ -53,22 +58,38 @@ def in_rounds(
     """
     results: list[Result] = []
     notes: list[T] = []
+    whole: Plan | None = None
     for number, part in enumerate(schedule(budget, rounds), start=1):
-        more: dict[str, Any] = {} if number == rounds else {"implant_ratio": 0.0}
-        if results:
-            more |= {"of": results[0].plan.dense, **_widths(results[0].structure, results[-1].plan, settings)}
         before = results[-1].model if results else model
-        results.append(cut(before, part, **more))
+        results.append(cut(before, part, **round_settings(whole, settings, last=number == rounds)))
+        whole = joined(whole, results[-1].plan, part, rounds)
         notes.append(train_(results[-1].model, before, results[-1]))
     first, last = results[0], results[-1]
-    plan = functools.reduce(compose, [result.plan for result in results])
-    plan = dataclasses.replace(plan, budget=budget, options={**plan.options, "iterations": rounds})
-    return dataclasses.replace(first, model=last.model, plan=plan, verification=last.verification), tuple(notes)
+    assert whole is not None  # there is a round
+    return dataclasses.replace(first, model=last.model, plan=whole, verification=last.verification), tuple(notes)
 
 
-def _widths(structure: Structure, last: Plan, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
+def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: bool) -> dict[str, Any]:
+    """What a round adds to the settings of `hap.pipeline.prune`.
+
+    Args:
+        whole: the plan for the dense model that the rounds before make together; None in the first.
+        settings: as they were given, for the dense model.
+        last: whether implants may come.
+    """
+    more: dict[str, Any] = {} if last else {"implant_ratio": 0.0}
+    return more if whole is None else {**more, "of": whole.dense, **_widths(whole, settings)}
+
+
+def joined(whole: Plan | None, plan: Plan, budget: Budget, rounds: int) -> Plan:
+    """One plan for the dense model: the rounds before, and the plan of this one, which met `budget`."""
+    plan = plan if whole is None else compose(whole, plan)
+    return dataclasses.replace(plan, budget=budget, options={**plan.options, "iterations": rounds})
+
+
+def _widths(whole: Plan, settings: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The smallest and largest widths in units of the dense model; a family of one unit is none any more."""
-    left = {name for name, decision in last.decisions.items() if len(decision.keep) > 1}
+    left = {name for name, decision in whole.decisions.items() if len(decision.keep) > 1}
     bounds = (("minimum", False), ("maximum", True))
-    found = {option: counts(structure, settings.get(option), largest=largest) for option, largest in bounds}
+    found = {option: counts(whole.structure, settings.get(option), largest=largest) for option, largest in bounds}
     return {option: {name: n for name, n in widths.items() if name in left} for option, widths in found.items()}

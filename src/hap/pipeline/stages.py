@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from hap.batches import Batch, Loss, arguments, device_of, resized, take
 from hap.curvature import CRITERIA, Criterion, measure
+from hap.curvature.saved import digest
 from hap.errors import HapError
-from hap.implants import options
-from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, inside, time_layers
+from hap.implants import Option, head_options, options
+from hap.pipeline.kept import once
+from hap.pipeline.together import by_the_first
+from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, inside, time_layers, ways
 from hap.structure import trace
 from hap.surgery import apply, verify
 from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verification, silent
@@ -60,6 +63,7 @@ def prune(
     latency_batch: int = 1,
     latency_cache: str | Path | None = None,
     of: Cost | None = None,
+    state: str | Path | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Traces, measures, decides, applies and verifies; the model itself is left as it is.
@@ -78,61 +82,84 @@ def prune(
             is settled where the budget's fraction of the units stays (see `hap.measure`), and fits on 512.
         seed: of everything drawn at random.
         ignore: see `hap.trace`.
-        latency_batch: a budget of latency counts the time of so many examples.
+        latency_batch: a budget of latency counts the time of so many examples. Without one nothing is timed, and
+            implants may make the model slower: with ``Budget(params=0.5, latency=1.0)`` they do not.
         latency_cache: a file that keeps the layers' times for the next run; see `hap.planning.time_layers`.
         of: what the budget is a fraction of, where that is not `model` itself: a model that this one was made from.
+        state: a folder that exists, to keep what was measured and decided, so that a run that was killed goes on from
+            there when it is started again with the same arguments, with the same result.
         progress: shows how far the stages are.
 
     Raises:
-        HapError: as the stages do; or the pruned model does not compute what the plan promised.
+        HapError: as the stages do; the state is another run's; or the pruned model does not compute what the plan
+            promised.
     """
-    ignore = tuple(ignore)
+    ignore, protect, units = tuple(ignore), tuple(protect), None if units is None else tuple(units)
     data = list(take(batches, CAP if isinstance(samples, str) else samples, device_of(model)))
     fit = FIT if isinstance(samples, str) else samples
     args, kwargs = arguments(data[0])
     structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
-    table = None
-    if budget.latency is not None:
-        inputs = arguments(resized(data[0], _at_least_one(latency_batch)))
-        table = time_layers(model, structure, *inputs, cache=latency_cache, progress=progress)
-    if of is not None:
-        budget = _rescaled(budget, of, CostModel(structure, table).dense)
-    sensitivity = measure(
-        model,
-        data,
-        loss,
-        structure,
-        criterion=criterion,
-        samples=samples,
-        keep=min(budget.limits.values()) if samples == "auto" else None,  # near enough to the fraction of units
-        cap=CAP,
-        draws=draws,
-        seed=seed,
-        gram=mode == "optimal" and (_has_gram(criterion, structure) if joint == "auto" else joint),
-        progress=progress,
-    )
-    choices = None
-    if mode == "optimal" and implant_ratio:
+    choice: dict[str, Any] = {
+        "mode": mode,
+        "implant_ratio": implant_ratio,
+        "joint": joint,
+        "floor": floor,
+        "minimum": minimum,
+        "maximum": maximum,
+        "round_to": round_to,
+        "protect": protect,
+        "units": units,
+        "inexact": inexact,
+    }
+
+    def choose() -> tuple[Sensitivity, Plan]:
+        limits, table = budget, None
+        batch = _at_least_one(latency_batch)  # before anything is measured
+        if of is not None:
+            limits = _rescaled(budget, of, CostModel(structure).dense)
+        sensitivity = measure(
+            model,
+            data,
+            loss,
+            structure,
+            criterion=criterion,
+            samples=samples,
+            keep=min(limits.limits.values()) if samples == "auto" else None,  # near enough to the fraction of units
+            cap=CAP,
+            draws=draws,
+            seed=seed,
+            gram=mode == "optimal" and (_has_gram(criterion, structure) if joint == "auto" else joint),
+            state=Path(state, "measure.safetensors") if state and _resumable(criterion, samples) else None,
+            progress=progress,
+        )
+        forms: dict[str, tuple[Option, ...]] = {}
         left = {layer.module for layer in structure.layers if not any(inside(layer.module, part) for part in ignore)}
-        choices = options(model, structure, data, samples=fit, layers=left, progress=progress)
-    plan = decide(
-        structure,
-        sensitivity,
-        budget,
-        mode=mode,
-        implant_ratio=implant_ratio,
-        options=choices,
-        joint=joint,
-        floor=floor,
-        minimum=minimum,
-        maximum=maximum,
-        round_to=round_to,
-        protect=protect,
-        units=units,
-        inexact=inexact,
-        latency=table,
-    )
-    plan = dataclasses.replace(plan, options={**plan.options, "seed": seed})
+        if implant_ratio and mode == "optimal":
+            forms = options(model, structure, data, samples=fit, layers=left, progress=progress)
+        if implant_ratio and (units is None or "head" in units):
+            forms |= head_options(model, structure, data, samples=fit, layers=left, progress=progress)
+        if budget.latency is not None:
+            inputs = arguments(resized(data[0], batch))
+            timed = ways(structure, forms, mode=mode) if implant_ratio else {}
+            table = by_the_first(
+                lambda: time_layers(model, structure, *inputs, implants=timed, cache=latency_cache, progress=progress)
+            )
+        if of is not None:
+            limits = _rescaled(budget, of, CostModel(structure, table).dense)
+        plan = decide(structure, sensitivity, limits, options=forms, latency=table, **choice)
+        counted = {} if table is None else {"latency_batch": batch}
+        return sensitivity, dataclasses.replace(plan, options={**plan.options, **counted, "seed": seed})
+
+    if state is None:
+        sensitivity, plan = choose()
+    else:
+        known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
+        measured = {"criterion": known, "samples": samples, "draws": draws, "seed": seed, "ignore": ignore}
+        settings = {**choice, **measured, "budget": budget, "of": of, "latency_batch": latency_batch}
+        weights = digest([*model.parameters(), *model.buffers()])
+        run = {"weights": weights, **{name: str(value) for name, value in settings.items()}}
+        sensitivity, plan = once(Path(state), run, choose)
+    plan = by_the_first(lambda: plan)
     small = apply(model, plan, data, samples=fit, progress=progress)
     verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
     if not verification.ok:
@@ -151,6 +178,12 @@ def _has_gram(criterion: str | Criterion, structure: Structure) -> bool:
     return known is not None and known.has_gram and sum(family.size for family in structure.families) <= PAIRS
 
 
+def _resumable(criterion: str | Criterion, samples: int | Literal["auto"]) -> bool:
+    """Whether `hap.measure` takes a state."""
+    known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
+    return known is not None and known.resumable and not isinstance(samples, str)
+
+
 def _at_least_one(count: int) -> int:
     if count < 1:
         raise HapError("latency_batch is out of range", expected="an integer of at least 1", got=repr(count))
@@ -164,7 +197,7 @@ def _rescaled(budget: Budget, of: Cost, now: Cost) -> Budget:
         ratios["heads"] = of.heads / now.heads
     if of.latency is not None and now.latency is not None:
         ratios["latency"] = of.latency / now.latency
-    return Budget(**{name: min(1.0, limit * ratios[name]) for name, limit in budget.limits.items()})
+    return Budget(**{name: min(1.0, limit * ratios.get(name, 1.0)) for name, limit in budget.limits.items()})
 
 
 def step(progress: Progress, description: str, work: Callable[[], T]) -> T:

@@ -18,6 +18,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("a finite number, 0 or more", lambda v: 0 <= v < math.inf),
     "warmup": ("a fraction of the run in [0, 1)", lambda v: 0 <= v < 1),
     "ema": ("None, or a decay in (0, 1), for example 0.999", lambda v: v is None or 0 < v < 1),
+    "accumulate": ("a whole number, 1 or more", lambda v: isinstance(v, int) and v >= 1),
+    "label_smoothing": ("a number in [0, 1)", lambda v: 0 <= v < 1),
+    "distill": ("a weight in [0, 1]", lambda v: 0 <= v <= 1),
+    "temperature": ("a finite number above 0", lambda v: 0 < v < math.inf),
     "clip": ("None, or a norm above 0", lambda v: v is None or v > 0),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +54,13 @@ class History:
         """The history as plain dicts, lists and numbers, ready for JSON."""
         data = dataclasses.asdict(self)
         return {**data, "epochs": list(data["epochs"])}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> History:
+        """The history that `to_dict` gave."""
+        records = [{**record, "validation": _evaluation(record["validation"])} for record in data["epochs"]]
+        return History(_evaluation(data["start"]), tuple(EpochRecord(**record) for record in records), data["chosen"])
+
+
+def _evaluation(data: Mapping[str, Any] | None) -> Evaluation | None:
+    return None if data is None else Evaluation(**data)

@@ -65,9 +65,31 @@ class Meter:
         Raises:
             HapError: a value is not finite.
         """
+        return self.total() / self.samples
+
+    def total(self) -> float:
+        """The sum over all examples so far, of the mean loss of each one's batch; 0 without examples.
+
+        Raises:
+            HapError: a value is not finite.
+        """
         self._check()
+        if not self._values:
+            return 0.0
         values = torch.stack(self._values).cpu().double()
-        return float(values @ torch.tensor(self._sizes, dtype=torch.float64)) / self.samples
+        return float(values @ torch.tensor(self._sizes, dtype=torch.float64))
+
+    def recent(self) -> float:
+        """The plain mean of the last `interval` batches' losses, at least one."""
+        return float(torch.stack(self._values[-self.interval :]).double().mean())
+
+    def state(self) -> tuple[torch.Tensor, list[int]]:
+        """Losses and sizes of all batches so far."""
+        return torch.stack(self._values) if self._values else torch.empty(0), list(self._sizes)
+
+    def restore(self, values: torch.Tensor, sizes: list[int]) -> None:
+        """Goes on from what `state` gave."""
+        self._values, self._sizes, self._checked = list(values), list(sizes), len(sizes)
 
     def _check(self) -> None:
         if self._checked == len(self._values):

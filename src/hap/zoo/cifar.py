@@ -12,7 +12,7 @@ import torch
 
 from hap.errors import HapError
 from hap.zoo.decoding import read_rgb, to_tensor
-from hap.zoo.memory import Images, MemorySplit, crop_and_flip
+from hap.zoo.memory import CropAndFlip, Images, MemorySplit, Stored
 from hap.zoo.optional import require
 from hap.zoo.splits import IMAGENET, DataSplits, Options, cut_validation, in_order
 
@@ -35,19 +35,19 @@ def load(root: Path, options: Options) -> DataSplits:
     Raises:
         HapError: no layout is there, or a file is damaged or empty.
     """
-    train, test = _find(root)
+    train, test = _find(root, options.device)
     training, validation = cut_validation(len(train.labels), options)
 
     def split(part: _Part, indices: torch.Tensor, *, training: bool = False) -> MemorySplit:
         return MemorySplit(
             part.images,
-            part.labels,
+            Stored(part.labels, options.device),
             indices,
             normalise=IMAGENET,
             batch_size=options.batch_size,
             seed=options.seed,
             shuffle=training,
-            augment=crop_and_flip if training else None,
+            augment=CropAndFlip() if training else None,
         )
 
     return DataSplits(
@@ -70,13 +70,13 @@ class _Part:
     lossy: bool = False
 
 
-def _find(root: Path) -> tuple[_Part, _Part]:
+def _find(root: Path, device: torch.device) -> tuple[_Part, _Part]:
     for patterns in PARQUET_LAYOUTS:
         train, test = (sorted(root.glob(pattern)) for pattern in patterns)
         if train and test:
-            return _parquet(train), _parquet(test)
+            return _parquet(train, device), _parquet(test, device)
     if (root / PICKLED_LAYOUT).is_dir():
-        return _pickled(root, train=True), _pickled(root, train=False)
+        return _pickled(root, device, train=True), _pickled(root, device, train=False)
     layouts = [" + ".join(patterns) for patterns in PARQUET_LAYOUTS] + [f"{PICKLED_LAYOUT}/"]
     raise HapError(
         f"there is no CIFAR-10 in {root}",
@@ -89,18 +89,21 @@ def _find(root: Path) -> tuple[_Part, _Part]:
 class _DecodedOnce:
     """Encoded images (JPEG, PNG) that are decoded when first read. The memory is untouched until then."""
 
-    def __init__(self, encoded: Any, source: str) -> None:
+    def __init__(self, encoded: Any, source: str, device: torch.device) -> None:
         self._encoded = encoded
         self._source = source
-        self._pixels = torch.empty((len(encoded), *SHAPE), dtype=torch.uint8)
+        self._pixels = torch.empty((len(encoded), *SHAPE), dtype=torch.uint8, device=device)
         self._ready = torch.zeros(len(encoded), dtype=torch.bool)
 
     def __getitem__(self, index: torch.Tensor, /) -> torch.Tensor:
-        # One thread: measured faster than 2 or 4, an image this small is mostly Python.
-        for position in index[~self._ready[index]].tolist():
-            self._pixels[position] = self._image(position)
-            self._ready[position] = True
-        return self._pixels[index]
+        device = self._pixels.device
+        fresh = index[~self._ready[index]].unique()
+        if len(fresh):
+            # One thread: measured faster than 2 or 4, an image this small is mostly Python.
+            images = torch.stack([self._image(position) for position in fresh.tolist()])
+            self._pixels[fresh.to(device)] = images.to(device)
+            self._ready[fresh] = True
+        return self._pixels[index.to(device, non_blocking=True)]
 
     def _image(self, position: int) -> torch.Tensor:
         name = f"image {position} of {self._source}"
@@ -110,12 +113,12 @@ class _DecodedOnce:
         return image
 
 
-def _parquet(files: Sequence[Path]) -> _Part:
+def _parquet(files: Sequence[Path], device: torch.device) -> _Part:
     tables = [_table(path) for path in files]
     table = require("pyarrow").concat_tables(tables)
     source = ", ".join(str(path) for path in files)
     labels = _labels(table["label"].to_pylist(), source)
-    images = _DecodedOnce(table["image"], source)
+    images = _DecodedOnce(table["image"], source, device)
     images[torch.tensor([0])]  # the first image speaks for the file: say now, not in training, that it is no image
     return _Part(images, labels, lossy=table["image"][0].as_py().startswith(b"\xff\xd8"))
 
@@ -134,14 +137,14 @@ def _table(path: Path) -> Any:
         raise _damaged(str(path), "a Parquet file of images and labels", str(error)) from error
 
 
-def _pickled(root: Path, *, train: bool) -> _Part:
+def _pickled(root: Path, device: torch.device, *, train: bool) -> _Part:
     try:
         # torchvision compares checksums before it unpickles, so that no foreign pickle is run.
         data = require("torchvision.datasets").CIFAR10(str(root), train=train, download=False)
     except (RuntimeError, OSError) as error:
         raise _damaged(str(root / PICKLED_LAYOUT), "the files that torchvision downloads", str(error)) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return _Part(images, _labels(data.targets, str(root / PICKLED_LAYOUT)))
+    return _Part(Stored(images, device), _labels(data.targets, str(root / PICKLED_LAYOUT)))
 
 
 def _labels(values: Sequence[int | None], source: str) -> torch.Tensor:

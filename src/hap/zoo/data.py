@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from hap.errors import HapError, unknown
 from hap.zoo import cifar, digits, imagefolder
 from hap.zoo.splits import DataSplits, Options
@@ -56,6 +58,7 @@ def load_data(
     limit: int | None = None,
     image_size: int | None = None,
     workers: int = 0,
+    device: str | torch.device = "cpu",
 ) -> DataSplits:
     """A data set, cut into training, calibration, validation and test images.
 
@@ -70,6 +73,7 @@ def load_data(
             so validation stays disjoint from training whatever the limits.
         image_size: height and width that ``imagefolder`` resizes to; None: 224.
         workers: processes that read images for ``imagefolder``; the batches do not depend on it.
+        device: where the batches are made, the same on each. CIFAR-10 and the digits are held there altogether.
 
     Raises:
         HapError: unknown name, directory, layout or files that miss or are damaged, options out of range, or the
@@ -85,7 +89,7 @@ def load_data(
     dataset = DATASETS[name]
     if image_size is not None and not dataset.resizes:
         raise HapError(f"{name} has images of one size", expected="no image_size=", got=str(image_size))
-    options = Options(batch_size, seed, validation, limit, image_size, workers)
+    options = Options(batch_size, seed, validation, limit, image_size, workers, torch.device(device))
     return dataset.load(_root(name, directory, needed=dataset.needs_directory), options)
 
 

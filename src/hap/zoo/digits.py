@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hap.zoo.memory import MemorySplit
+from hap.zoo.memory import MemorySplit, Stored
 from hap.zoo.optional import require
 from hap.zoo.resnet import BasicBlock
 from hap.zoo.splits import DataSplits, Normalisation, Options, cut_validation, divide
@@ -47,10 +47,12 @@ def load(options: Options) -> DataSplits:
     rest, test = divide(len(labels), TEST_IMAGES, seed=0)
     train, validation = (rest[part] for part in cut_validation(len(rest), options))
 
+    held, known = Stored(images, options.device), Stored(labels, options.device)
+
     def split(indices: torch.Tensor, *, shuffle: bool = False) -> MemorySplit:
         return MemorySplit(
-            images,
-            labels,
+            held,
+            known,
             indices,
             normalise=NORMALISATION,
             batch_size=options.batch_size,

@@ -234,13 +234,18 @@ def _table(path: Path, task: Task) -> Any:
 
 
 def _longest(tokenizer: Any, max_length: int | None) -> int:
+    most = tokenizer.model_max_length
     if max_length is None:
-        return min(128, tokenizer.model_max_length)
-    if not 8 <= max_length <= tokenizer.model_max_length:
+        return min(128, most)
+    if not 8 <= max_length <= most:
+        bounded = most < 10**9  # else nobody has told the tokenizer
         raise HapError(
             "max_length is out of range",
-            expected=f"8 to {tokenizer.model_max_length} tokens, the most that the tokenizer is made for",
+            expected=f"8 to {most} tokens, the most that the model's tokenizer gives"
+            if bounded
+            else "at least 8 tokens",
             got=str(max_length),
+            remedy="longer texts are cut" if max_length > most else "",
         )
     return max_length
 

@@ -18,6 +18,8 @@ from hap.zoo.splits import IMAGENET, DataSplits, ImageBatch, Options, Split, cut
 
 Files = Sequence[tuple[str, int]]
 
+PREFETCH = 4  # batches that each worker reads ahead
+
 
 def load(root: Path, options: Options) -> DataSplits:
     """The images under `root`: DIR/train, and DIR/val, DIR/test or both.
@@ -95,15 +97,23 @@ class FolderSplit(Split):
         self._image_size = image_size
         self._training = training
         self._workers = options.workers
+        self._device = options.device
 
-    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[ImageBatch]:
+    def _batches(self, order: torch.Tensor, generator: torch.Generator, mine: Sequence[int]) -> Iterator[ImageBatch]:
         # A seed for each image, so that the batches do not depend on the number of workers.
         seeds = torch.randint(2**31, (len(order),), generator=generator).tolist() if self._training else None
         images = _Images([self._files[i] for i in order.tolist()], self._image_size, seeds)
-        # The loader draws its workers' seeds even when nobody uses them: not from the global generator.
-        loader = DataLoader(images, self.batch_size, num_workers=self._workers, generator=generator)
-        for pixels, labels in loader:
-            yield IMAGENET(pixels), labels
+        batches = torch.arange(len(order)).split(self.batch_size)
+        loader = DataLoader(
+            images,
+            batch_sampler=[batches[number].tolist() for number in mine],
+            num_workers=self._workers,
+            prefetch_factor=PREFETCH if self._workers else None,
+            pin_memory=self._device.type == "cuda",  # so that the copy runs beside the computation
+            generator=generator,  # for workers' seeds, which nobody uses: not from the global generator
+        )
+        for pixels, labels in loader:  # bytes travel, and become numbers on the device
+            yield IMAGENET(pixels.to(self._device, non_blocking=True)), labels.to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[position]
-        transforms = require("torchvision.transforms.functional")
+        transforms = require("torchvision.transforms.v2.functional")
         image = read_rgb(path, path)
         if self.seeds is None:
             image = transforms.resize(image, round(self.size * 256 / 224))
@@ -128,7 +138,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             chance = random.Random(self.seeds[position])
             image = transforms.resized_crop(image, *_box(image.height, image.width, chance), [self.size, self.size])
             if chance.random() < 0.5:
-                image = transforms.hflip(image)
+                image = transforms.horizontal_flip(image)
         return to_tensor(image), label
 
 

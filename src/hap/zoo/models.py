@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from hap.errors import HapError, unknown
+from hap.zoo import imagenet
 from hap.zoo.digits import DigitsCNN
+from hap.zoo.preresnet import PreResNet
 from hap.zoo.resnet import CifarResNet
-from hap.zoo.weights import load_weights_
+from hap.zoo.vgg import CifarVGG
+from hap.zoo.weights import fill_, load_weights_
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,33 @@ class Model:
 
 def _cifar_resnet(blocks: int) -> Model:
     what = f"CIFAR ResNet-{6 * blocks + 2} (He et al. 2016), option A shortcuts"
-    return Model(what, (3, 32, 32), partial(CifarResNet, blocks))
+    return Model(what, CIFAR, partial(CifarResNet, blocks))
 
 
+CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 MODELS: Mapping[str, Model] = MappingProxyType(
     {f"resnet{6 * blocks + 2}": _cifar_resnet(blocks) for blocks in (3, 5, 7, 9, 18)}
-    | {"digits-cnn": Model("small residual CNN for scikit-learn's digits", (1, 8, 8), DigitsCNN)}
+    | {
+        "wideresnet32": Model(
+            "CIFAR ResNet-32 of four times the channels, with projections (HAP's WideResNet-32)",
+            CIFAR,
+            partial(CifarResNet, 5, width=64, projected=True),
+        ),
+        "preresnet29": Model(
+            "CIFAR pre-activation bottleneck ResNet-29 of 64, 128 and 256 channels (HAP's)",
+            CIFAR,
+            partial(PreResNet, 3, stem=64, width=64, expansion=1),
+        ),
+        "preresnet164": Model(
+            "CIFAR pre-activation bottleneck ResNet-164 (He et al. 2016b)",
+            CIFAR,
+            partial(PreResNet, 18, stem=16, width=16, expansion=4),
+        ),
+        "vgg16-bn": Model("CIFAR VGG-16 with batch norm and one linear layer", CIFAR, CifarVGG),
+        "resnet50": Model("torchvision's ResNet-50", IMAGENET, imagenet.builder("resnet50")),
+        "mobilenetv2": Model("torchvision's MobileNet-V2", IMAGENET, imagenet.builder("mobilenetv2")),
+        "digits-cnn": Model("small residual CNN for scikit-learn's digits", (1, 8, 8), DigitsCNN),
+    }
 )
 
 
@@ -48,13 +72,15 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, classes: int
 
     Args:
         name: a key of `MODELS`.
-        weights: a safetensors file with exactly the model's ``state_dict`` names and shapes; None initialises
+        weights: a safetensors file with exactly the model's ``state_dict`` names and shapes; or for torchvision's
+            networks the name of weights that it fetches, such as ``torchvision:IMAGENET1K_V1``; None initialises
             (He et al. 2015, normal, fan in; biases zero).
         classes: number of outputs.
         seed: of the initialisation; the global generators are neither read nor moved.
 
     Raises:
-        HapError: unknown name, `classes` below 1, or weights that do not fit (nothing is loaded then).
+        HapError: unknown name, `classes` below 1, torchvision is needed and not installed, or weights that do not fit
+            (nothing is loaded then).
 
     >>> sum(p.numel() for p in build("resnet20").parameters())
     269722
@@ -68,6 +94,8 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, classes: int
         model = MODELS[name].builder(classes)
     if weights is None:
         _initialise_(model, torch.Generator().manual_seed(seed))
+    elif str(weights).startswith(imagenet.SOURCE):
+        fill_(model, imagenet.published(name, str(weights)), source=str(weights))
     else:
         load_weights_(model, weights)
     return model

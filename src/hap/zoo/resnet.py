@@ -1,6 +1,8 @@
-"""The CIFAR ResNets of He et al. 2016 (arXiv 1512.03385), section 4.2.
+"""The CIFAR ResNets of He et al. 2016 (arXiv 1512.03385), section 4.2, and the wide one of EigenDamage and HAP.
 
-Module names are those of the widely used weights (github.com/akamaster/pytorch_resnet_cifar10).
+Module names are those of the widely used weights (github.com/akamaster/pytorch_resnet_cifar10). "WideResNet-32" is none
+of Zagoruyko and Komodakis (their depths are 6n + 4, their blocks pre-activated): in the code of both papers it is
+ResNet-32 with four times the channels, and projections where the shape changes.
 """
 
 from __future__ import annotations
@@ -32,16 +34,22 @@ class OptionA(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: identity, or `OptionA` where the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut: identity, or where the shape changes `OptionA` or a projection."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, projected: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        same = stride == 1 and inputs == outputs
-        self.shortcut: nn.Module = nn.Identity() if same else OptionA(pad=(outputs - inputs) // 2, stride=stride)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 1 and inputs == outputs:
+            return
+        if projected:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        else:
+            self.shortcut = OptionA(pad=(outputs - inputs) // 2, stride=stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -50,16 +58,23 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A ResNet of depth 6 * `blocks` + 2 for images (N, 3, 32, 32): three stages of 16, 32 and 64 channels."""
+    """A ResNet of depth 6 * `blocks` + 2 for images (N, 3, 32, 32), in three stages.
 
-    def __init__(self, blocks: int, classes: int) -> None:
+    Args:
+        blocks: in each stage.
+        classes: number of outputs.
+        width: channels of the first stage; twice and four times as many in the others.
+        projected: the shortcuts between stages are 1 x 1 convolutions with a norm, instead of `OptionA`.
+    """
+
+    def __init__(self, blocks: int, classes: int, *, width: int = 16, projected: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
-        self.linear = nn.Linear(64, classes)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2, projected=projected)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2, projected=projected)
+        self.linear = nn.Linear(4 * width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -67,6 +82,6 @@ class CifarResNet(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-def _stage(inputs: int, outputs: int, blocks: int, *, stride: int) -> nn.Sequential:
-    first = BasicBlock(inputs, outputs, stride=stride)
+def _stage(inputs: int, outputs: int, blocks: int, *, stride: int, projected: bool = False) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride=stride, projected=projected)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))

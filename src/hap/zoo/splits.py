@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -30,6 +31,7 @@ class Options:
     limit: int | None
     image_size: int | None
     workers: int
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         for name, lowest in {"batch_size": 1, "validation": 1, "limit": 1, "image_size": 1, "workers": 0}.items():
@@ -42,7 +44,7 @@ class Split(ABC):
     """Batches: ``(images, labels)``, float32 (N, C, H, W), normalised, and int64 (N,); or dicts of texts' tokens.
 
     Iterating again gives the same batches; of a shuffled split it gives the next epoch. ``epoch(e)`` gives epoch
-    `e`, the same at every call and in every process. ``len()`` is the number of batches.
+    `e`, the same at every call, in every process and on every device. ``len()`` is the number of batches.
 
     Attributes:
         indices: positions of this split's examples in their source, in unshuffled order.
@@ -65,18 +67,37 @@ class Split(ABC):
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._epochs += 1
-        return self.epoch(self._epochs - 1)
+        return self.shard(0, 1)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, counted from 0."""
+    def shard(self, rank: int, world: int) -> Iterator[Batch]:
+        """The next epoch's batches of one of `world` processes: every `world`-th, and no other is prepared.
+
+        All have the same number: the epoch's first batches fill up the last round.
+        """
+        self._epochs += 1
+        return self.epoch(self._epochs - 1, rank=rank, world=world)
+
+    def epoch(self, number: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches of epoch `number`, counted from 0; or one process's `shard` of them."""
         generator = stream(self._seed, f"epoch {number}")
         order = torch.randperm(self.samples, generator=generator) if self._shuffle else torch.arange(self.samples)
-        return self._batches(self.indices[order], generator)
+        mine = [turn % len(self) for turn in range(rank, -(-len(self) // world) * world, world)]
+        return self._batches(self.indices[order], generator, mine)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many epochs have been begun; what `hap.finetune` keeps in its state."""
+        return {"epochs": self._epochs}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on after so many epochs."""
+        self._epochs = state["epochs"]
 
     @abstractmethod
-    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[Batch]:
-        """Batches of the examples at `order`; every random choice comes from `generator`."""
+    def _batches(self, order: torch.Tensor, generator: torch.Generator, mine: Sequence[int]) -> Iterator[Batch]:
+        """The batches numbered `mine`, in this order, of the examples at `order`.
+
+        Every random choice comes from `generator`, and is the same whichever batches are asked for.
+        """
 
 
 @dataclass(frozen=True)
@@ -118,9 +139,18 @@ class Normalisation:
         >>> Normalisation(255, (0.5,), (0.25,))(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).flatten().tolist()
         [-2.0, 2.0]
         """
-        mean = torch.tensor(self.mean).mul_(self.scale).view(-1, 1, 1)
-        std = torch.tensor(self.std).mul_(self.scale).view(-1, 1, 1)
+        mean, std = _constants(self, pixels.device)
         return pixels.float().sub_(mean).div_(std)
+
+
+@lru_cache
+def _constants(normalisation: Normalisation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of scaled pixels, made once for each device: a copy at each batch would stop it."""
+    scaled = [
+        torch.tensor(values).mul_(normalisation.scale).view(-1, 1, 1)
+        for values in (normalisation.mean, normalisation.std)
+    ]
+    return scaled[0].to(device), scaled[1].to(device)
 
 
 # The usual constants for natural images; also what the zoo's CIFAR weights were trained with.
@@ -145,16 +175,16 @@ def divide(count: int, held_out: int, seed: int) -> tuple[torch.Tensor, torch.Te
     if not 0 < held_out < count:
         raise HapError(
             "the training set cannot be divided",
-            expected=f"validation between 1 and {count - 1} images" if count > 1 else "at least 2 training images",
+            expected=f"validation between 1 and {count - 1} examples" if count > 1 else "at least 2 training examples",
             got=f"{held_out} of {count}",
-            remedy="give validation=, or more training images",
+            remedy="give validation=, or more training examples",
         )
     order = torch.randperm(count, generator=stream(seed, "split"))
     return order[held_out:], order[:held_out]
 
 
 def cut_validation(count: int, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation positions among `count` training images; a tenth is held out unless told."""
+    """Training and validation positions among `count` training examples; a tenth is held out unless told."""
     held_out = max(1, count // 10) if options.validation is None else options.validation
     train, validation = divide(count, held_out, options.seed)
     return train[: options.limit], validation[: options.limit]

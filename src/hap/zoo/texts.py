@@ -101,13 +101,15 @@ class TextSplit(Split):
         self._padding = padding
         self._pool = pool
 
-    def _batches(self, order: torch.Tensor, generator: torch.Generator) -> Iterator[TextBatch]:
+    def _batches(self, order: torch.Tensor, generator: torch.Generator, mine: Sequence[int]) -> Iterator[TextBatch]:
+        batches: list[torch.Tensor] = []
         for part in order.split(self.batch_size * self._pool):
             lengths = self._texts.lengths[part]
-            batches = part[lengths.argsort(descending=True, stable=True)].split(self.batch_size)
-            places = torch.randperm(len(batches), generator=generator) if self._shuffle else torch.arange(len(batches))
-            for place in places.tolist():
-                yield self._padding(self._texts, batches[place])
+            alike = part[lengths.argsort(descending=True, stable=True)].split(self.batch_size)
+            places = torch.randperm(len(alike), generator=generator) if self._shuffle else torch.arange(len(alike))
+            batches += [alike[place] for place in places.tolist()]
+        for number in mine:
+            yield self._padding(self._texts, batches[number])
 
 
 def tokenised(tokenizer: Any, columns: Sequence[Sequence[str]], labels: torch.Tensor, max_length: int) -> Texts:

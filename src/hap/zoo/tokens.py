@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hap.errors import HapError
+from hap.errors import unwritable
 from hap.zoo.texts import Texts, tokenised
 
 Source = Callable[[], tuple[Sequence[Sequence[str]], torch.Tensor]]
@@ -69,7 +69,9 @@ class Cache:
         inside = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
         for state in ("truncation", "padding"):  # of the last call
             inside.pop(state, None)
-        return json.dumps([type(self.tokenizer).__name__, inside, self.max_length], sort_keys=True).encode()
+        sides = [self.tokenizer.truncation_side, self.tokenizer.model_input_names]
+        kind = type(self.tokenizer).__name__
+        return json.dumps([kind, inside, sides, self.max_length], sort_keys=True).encode()
 
 
 def _stored(path: Path) -> Texts | None:
@@ -90,9 +92,4 @@ def _store(texts: Texts, path: Path) -> None:
             save_file({**texts.columns, "starts": texts.starts, "labels": texts.labels}, fresh)
             os.replace(fresh, path)
     except (OSError, SafetensorError) as error:
-        raise HapError(
-            f"could not write {path}",
-            expected="a writable place with enough space",
-            got=str(error),
-            remedy="choose another directory for the cache, or none",
-        ) from error
+        raise unwritable(path, error) from error

@@ -21,11 +21,15 @@ def load_weights_(model: nn.Module, path: str | PathLike[str]) -> None:
         HapError: there is no such file, it is damaged, or its names or shapes are not the model's. All is
             checked first: the model is then as it was.
     """
-    stored = _read(Path(path))
+    fill_(model, _read(Path(path)), source=f"in {path}")
+
+
+def fill_(model: nn.Module, stored: dict[str, torch.Tensor], *, source: str) -> None:
+    """As `load_weights_`, from tensors; `source` says for the error where they are from."""
     problems = _differences(model.state_dict(), stored)
     if problems:
         raise HapError(
-            f"the weights in {path} do not fit {type(model).__name__}; nothing was loaded",
+            f"the weights {source} do not fit {type(model).__name__}; nothing was loaded",
             expected="exactly the names and shapes of model.state_dict()",
             got="; ".join(problems),
             remedy="check the model's name and classes=, or that the file holds this architecture",

@@ -1,0 +1,71 @@
+"""`Training`: how an experiment fine-tunes, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from hap.errors import HapError
+from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Schedule
+from hap.training.checks import check_names, check_numbers
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to fine-tune; the fields are those of `hap.finetune`, but for two.
+
+    Attributes:
+        distill: the weight of the dense model's outputs in the loss, in [0, 1]; 0 learns from the labels alone.
+        temperature: of the distillation.
+
+    Raises:
+        HapError: an option is unknown or out of range.
+    """
+
+    epochs: int = 1
+    optimizer: Optimizer = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.0
+    ema: float | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 2.0
+    precision: Precision = "no"
+    channels_last: ChannelsLast = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_names(
+            ("optimizer", self.optimizer, get_args(Optimizer)),
+            ("schedule", self.schedule, get_args(Schedule)),
+            ("precision", self.precision, get_args(Precision)),
+        )
+        numbers = "epochs", "momentum", "weight_decay", "warmup", "ema", "clip", "accumulate", "label_smoothing"
+        given = {name: getattr(self, name) for name in (*numbers, "distill", "temperature")}
+        check_numbers(**given, **({} if self.lr is None else {"lr": self.lr}))
+
+    def options(self, teacher: nn.Module | None = None) -> dict[str, Any]:
+        """The keyword arguments of `hap.finetune`.
+
+        Raises:
+            HapError: there is to be distillation, but from no teacher.
+        """
+        given = dataclasses.asdict(self)
+        weight, temperature = given.pop("distill"), given.pop("temperature")
+        if not weight:
+            return given
+        if teacher is None:
+            raise HapError(
+                "there is no teacher to distil from",
+                expected="distill=0 where the dense model itself is trained",
+                got=f"distill={weight}",
+            )
+        return {**given, "distill": Distillation(teacher, weight, temperature)}

@@ -1,0 +1,69 @@
+"""Torch's random states, and those of the training data: taken, and set again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """The indices of the GPUs that a model is on."""
+    return sorted({p.device.index for p in model.parameters() if p.is_cuda})
+
+
+@contextlib.contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Seeds torch's generators for the CPU and the model's GPUs, and gives them back their own states afterwards."""
+    devices = gpus_of(model)
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The states of torch's generators and of the data's own, where they have one.
+
+    Attributes:
+        states: of the CPU, of each of the model's GPUs, and last of the data's generator.
+        data: what the data's ``state_dict()`` says: how many epochs they have given out, say.
+    """
+
+    states: tuple[torch.Tensor, ...]
+    data: Any = None
+
+    @staticmethod
+    def now(model: nn.Module, batches: Any) -> Randomness:
+        """The present state. `batches` may have a ``generator``, as a `DataLoader` has, and a ``state_dict()``."""
+        gpus = [torch.cuda.get_rng_state(index) for index in gpus_of(model)]
+        own = [generator.get_state() for generator in _generators(batches)]
+        return Randomness((torch.get_rng_state(), *gpus, *own), _data_state(batches))
+
+    def set(self, model: nn.Module, batches: Any) -> None:
+        """Makes it the present state again."""
+        cpu, *rest = self.states
+        gpus = gpus_of(model)
+        torch.set_rng_state(cpu)
+        for index, state in zip(gpus, rest, strict=False):
+            torch.cuda.set_rng_state(state, index)
+        for generator, state in zip(_generators(batches), rest[len(gpus) :], strict=True):
+            generator.set_state(state)
+        if self.data is not None:
+            batches.load_state_dict(self.data)
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    found = getattr(batches, "generator", None)
+    return [found] if isinstance(found, torch.Generator) else []
+
+
+def _data_state(batches: Any) -> Any:
+    take, give = (getattr(batches, name, None) for name in ("state_dict", "load_state_dict"))
+    return take() if take is not None and give is not None else None

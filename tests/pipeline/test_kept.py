@@ -1,0 +1,72 @@
+"""A `prune` that was stopped goes on where it was, with the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hap
+from hap import zoo
+
+OPTIONS: dict[str, Any] = {"samples": 64, "seed": 3}
+
+
+def prune(model: nn.Module, data: zoo.DataSplits, state: Path | None, **more: Any) -> hap.Result:
+    return hap.prune(model, data.calibration, None, hap.Budget(params=0.5), state=state, **{**OPTIONS, **more})
+
+
+def test_the_plan_is_kept(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much is measured and decided once; the model is cut from the plan again, to the same bits."""
+    alone = prune(model, data, None)
+    first = prune(model, data, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "sensitivity.safetensors"}
+    monkeypatch.setattr("hap.pipeline.stages.measure", lambda *_, **__: pytest.fail("measured again"))
+    again = prune(model, data, tmp_path)
+    assert first.plan == again.plan == alone.plan
+    for name, scores in alone.sensitivity.scores.items():
+        assert torch.equal(scores, again.sensitivity.scores[name])
+        assert torch.equal(alone.sensitivity.stderr[name], again.sensitivity.stderr[name])
+    assert again.sensitivity.filters.keys() == alone.sensitivity.filters.keys()
+    tensors = again.model.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in alone.model.state_dict().items())
+
+
+def test_measuring_goes_on(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while deciding, it finds the state of the measurement gone and measures again; the result is the same."""
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hap.pipeline.stages.decide", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, data, tmp_path)
+    assert prune(model, data, tmp_path).plan == prune(model, data, None).plan
+
+
+@pytest.mark.parametrize("more", [{"seed": 4}, {"samples": 32}, {"mode": "paper"}, {"criterion": "magnitude"}])
+def test_another_run_is_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path, more: dict[str, Any]) -> None:
+    prune(model, data, tmp_path)
+    with pytest.raises(hap.HapError, match=f"does not fit this run[\\s\\S]*expected: +{next(iter(more))}"):
+        prune(model, data, tmp_path, **more)
+
+
+def test_other_weights_are_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    prune(model, data, tmp_path)
+    with pytest.raises(hap.HapError, match=r"expected: +weights"):
+        prune(zoo.build("digits-cnn", seed=1), data, tmp_path)
+
+
+def test_damaged_files_are_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    prune(model, data, tmp_path)
+    (tmp_path / "sensitivity.safetensors").write_bytes(b"no")
+    with pytest.raises(hap.HapError, match="does not fit this run"):
+        prune(model, data, tmp_path)
