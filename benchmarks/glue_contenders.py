@@ -12,6 +12,7 @@ from glue_setting import TRAINING, Setting
 from torch import nn
 
 import hap
+from hap.implants import Option, head_options
 from hap.types import Sensitivity
 
 
@@ -22,7 +23,8 @@ class Contender:
     Attributes:
         criterion: of `hap.measure`.
         joint: choose with the full matrix of the gates; else by the paper's global ranking.
-        implants: the share of what does not stay that is replaced by smaller heads, in place of removed.
+        implants: the share of what does not stay that is replaced by smaller heads, in place of removed; chosen
+            together, any share but 0 lets as many be replaced as pays.
         refit: solve the output projections anew, in closed form.
     """
 
@@ -43,15 +45,17 @@ CONTENDERS = {
     "head-gradient + refit": Contender("head-gradient", refit=True),
     "gate-ggn, joint": Contender("gate-ggn", joint=True),
     "gate-ggn, joint + refit": Contender("gate-ggn", joint=True, refit=True),
+    "gate-ggn, joint + implants": Contender("gate-ggn", joint=True, implants=0.25),
 }
 
 
 class Measured:
-    """The sensitivities of a setting, each measured once."""
+    """The sensitivities of a setting, and what narrow heads leave undone, each measured once."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self._found: dict[tuple[str, bool], tuple[Sensitivity, float]] = {}
+        self._options: dict[str, tuple[Option, ...]] | None = None
 
     def __call__(self, who: Contender) -> tuple[Sensitivity, float]:
         """The sensitivity, and the seconds that it took."""
@@ -70,6 +74,12 @@ class Measured:
             self._found[key] = (found, time.perf_counter() - start)
         return self._found[key]
 
+    def options(self) -> dict[str, tuple[Option, ...]]:
+        """The ranks of narrow heads to choose from."""
+        if self._options is None:
+            self._options = head_options(self.setting.model, self.setting.structure, self.setting.calibration)
+        return self._options
+
 
 def pruned(setting: Setting, measured: Measured, who: Contender, keep: float) -> tuple[nn.Module, hap.Plan, Row]:
     """The small model before fine-tuning, its plan, and what the record says about them."""
@@ -80,6 +90,7 @@ def pruned(setting: Setting, measured: Measured, who: Contender, keep: float) ->
         hap.Budget(heads=keep),
         mode="optimal" if who.joint else "paper",
         implant_ratio=who.implants,
+        options=measured.options() if who.implants else None,
     )
     small = hap.apply(setting.model, plan, setting.calibration)
     if who.refit:

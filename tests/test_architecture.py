@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)
 MAY_IMPORT["trainer"] = {"pipeline", "planning", "surgery", "checkpoint", "pretrained"}
-MAY_IMPORT["cli"] = {"pipeline", "zoo", "report", "checkpoint", "pretrained", "hap"}
+MAY_IMPORT["recipes"] = set(MAY_IMPORT) - {"trainer"}
+MAY_IMPORT["cli"] = {"pipeline", "recipes", "zoo", "report", "checkpoint", "pretrained", "hap"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT = {layer: allowed | FOUNDATION for layer, allowed in MAY_IMPORT.items()} | {
     layer: FOUNDATION for layer in FOUNDATION

@@ -17,6 +17,8 @@ from hap import zoo
 from hap.surgery.verify import _gated
 
 ZOO = {name: (lambda name=name: zoo.build(name), zoo.MODELS[name].input_shape) for name in zoo.MODELS}
+SMALLER = {"resnet50": 32, "mobilenetv2": 64, "wideresnet32": 16, "preresnet29": 16, "preresnet164": 8}
+ZOO |= {name: (ZOO[name][0], (3, size, size)) for name, size in SMALLER.items()}  # than the images they are made for
 TORCHVISION = {
     "resnet18": 64,
     "mobilenet_v3_small": 64,

@@ -98,6 +98,38 @@ def test_a_schedule_ends_with_the_budget(make, tmp_path: Path) -> None:
         assert limit - 0.03 < size <= limit
 
 
+def test_widths_and_budget_are_of_the_model_as_training_began(make) -> None:
+    """Half of the neurons stay, not half of half; and names may come in an iterator, though each step reads them."""
+    settings = {"samples": 16, "minimum": {"*": 0.5}, "protect": iter(["bert.encoder.layer.1.intermediate"])}
+    callback = PruningCallback(hap.Budget(params=0.8), times=3, **settings)
+    make(callback).train()
+    plan = callback.plan
+    assert plan.budget == hap.Budget(params=0.8) and plan.options["iterations"] == 3
+    left = {name: len(d.keep) / (len(d.keep) + len(d.prune)) for name, d in plan.decisions.items()}
+    assert min(left.values()) == 0.5
+    assert [share for name, share in left.items() if name.startswith("bert.encoder.layer.1.intermediate")] == [1]
+
+
+def test_calibration_reads_so_many_samples(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner and the surgery read the same, in each step."""
+    read: list[list[Any]] = []
+
+    def noting(name: str, place: int) -> None:
+        whole = getattr(trainer_module, name)
+
+        def note(*args: Any, **options: Any) -> Any:
+            read.append(list(args[place]))
+            return whole(*args, **options)
+
+        monkeypatch.setattr(trainer_module, name, note)
+
+    noting("prune", 1)
+    noting("apply_", 2)
+    batch = {"input_ids": torch.ones(8, 5, dtype=torch.int64), "labels": torch.zeros(8, dtype=torch.int64)}
+    make(PruningCallback(hap.Budget(params=0.85), times=2, batches=[batch] * 4, samples=12)).train()
+    assert [[len(part["labels"]) for part in data] for data in read] == [[8, 4]] * 4
+
+
 def test_training_before_pruning_is_as_without(make) -> None:
     """Calibration reads the training set, and leaves the Trainer's order and random numbers alone."""
     seen = []
@@ -130,6 +162,8 @@ def test_the_trainers_checkpoints_open(make, tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(make) -> None:
     with pytest.raises(HapError, match="this is no schedule"):
         PruningCallback(hap.Budget(params=0.5), start=0.6, end=0.5, times=2)
+    with pytest.raises(HapError, match="the calibration data can be read only once"):
+        PruningCallback(hap.Budget(params=0.5), batches=iter([]))
     trainer = make(
         PruningCallback(hap.Budget(params=0.5)),
         load_best_model_at_end=True,

@@ -19,7 +19,7 @@ from hap.pipeline import Result, prune
 from hap.planning import CostModel, Plan, decide
 from hap.structure import trace
 from hap.surgery import apply, apply_, merge, refit_, verify
-from hap.training import History, evaluate, finetune, recalibrate_
+from hap.training import Distillation, History, evaluate, finetune, recalibrate_
 from hap.types import Budget, Evaluation, Sensitivity, Structure, Verification
 
 try:
@@ -30,6 +30,7 @@ except metadata.PackageNotFoundError:  # a source tree that was not installed
 __all__ = [
     "Budget",
     "CostModel",
+    "Distillation",
     "Evaluation",
     "HapError",
     "History",

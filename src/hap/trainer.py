@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from hap.batches import Batch, Loss
+from hap.batches import Batch, Loss, device_of, take
 from hap.checkpoint import write
 from hap.errors import HapError
 from hap.pipeline import prune
-from hap.planning import Plan, compose
+from hap.pipeline.rounds import joined, repeatable, round_settings, schedule
+from hap.pipeline.stages import CAP, FIT
+from hap.planning import Plan
 from hap.pretrained import transformers
 from hap.surgery import apply_, follow_
 from hap.types import Budget
@@ -50,7 +52,7 @@ class PruningCallback(Base):
         start: fraction of all training steps after which to prune for the first time; 0 is before the first.
         end: the fraction after which to prune for the last time, if there are several.
         times: how often to prune; implants come in the last time.
-        batches: calibration data; None for the training set in random order.
+        batches: calibration data, read in each step; None for the training set in random order.
         loss: as in `hap.prune`.
         seed: of the order of calibration, and of everything drawn at random.
         settings: the other options of `hap.prune`, such as ``criterion`` or ``samples``.
@@ -60,8 +62,8 @@ class PruningCallback(Base):
         done: how many steps have been taken.
 
     Raises:
-        HapError: `transformers` is missing, an option is out of range, or, when training begins, the `Trainer` runs in
-            a way that a model cannot change in.
+        HapError: `transformers` is missing, an option is out of range, `batches` can be read only once, or, when
+            training begins, the `Trainer` runs in a way that a model cannot change in.
     """
 
     def __init__(
@@ -83,14 +85,22 @@ class PruningCallback(Base):
                 expected="times >= 1 and 0 <= start < end <= 1, fractions of all training steps",
                 got=f"times={times}, start={start}, end={end}",
             )
+        if batches is not None and iter(batches) is batches:
+            raise HapError(
+                "the calibration data can be read only once",
+                expected="a list or a DataLoader, which each step reads anew",
+                got=type(batches).__name__,
+                remedy="PruningCallback(..., batches=list(batches))",
+            )
         self.budget = budget
         self.plan: Plan | None = None
         self.done = 0
+        self._budgets = schedule(budget, times)
         self._at = [start + (end - start) * i / max(1, times - 1) for i in range(times)]
         self._batches = batches
         self._loss = loss
         self._seed = seed
-        self._settings = {"implant_ratio": 0.0, **settings}
+        self._settings = repeatable({"implant_ratio": 0.0, "samples": 512, **settings})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses what cannot work, and prunes if the schedule says so."""
@@ -114,16 +124,16 @@ class PruningCallback(Base):
 
     def _prune(self, due: int, *, model: nn.Module, optimizer: Any, train_dataloader: Any, **_: Any) -> None:
         batches = self._batches if self._batches is not None else _calibration(train_dataloader, self._seed)
-        share = due / len(self._at)
-        budget = Budget(**{name: limit**share for name, limit in self.budget.limits.items()})
-        settings = {**self._settings, **({"implant_ratio": 0.0} if due < len(self._at) else {})}
-        settings |= {"of": self.plan.dense} if self.plan is not None else {}
+        samples, last = self._settings["samples"], due == len(self._at)
+        data = list(take(batches, CAP if samples == "auto" else samples, device_of(model)))
+        settings = {**self._settings, **round_settings(self.plan, self._settings, last=last)}
+        budget = self._budgets[due - 1]
         with _unwrapped(model):
-            plan = prune(model, batches, self._loss, budget, seed=self._seed, **settings).plan
+            plan = prune(model, data, self._loss, budget, seed=self._seed, **settings).plan
             before = dict(model.named_parameters())
-            apply_(model, plan, batches)
+            apply_(model, plan, data, samples=FIT if samples == "auto" else samples)
         follow_(getattr(optimizer, "optimizer", optimizer), before, model, plan)  # Accelerate wraps it
-        self.plan, self.done = plan if self.plan is None else compose(self.plan, plan), due
+        self.plan, self.done = joined(self.plan, plan, budget, due), due
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hap import HapError
 from hap.checkpoint import directory as module
-from hap.checkpoint import disk_error, fresh_directory, refuse_existing
+from hap.checkpoint import fresh_directory, refuse_existing
 
 
 @pytest.fixture
@@ -157,10 +157,3 @@ def test_refuse_existing(there, tmp_path) -> None:
     refuse_existing(there, True)
     with pytest.raises(HapError, match="exists already"):
         refuse_existing(there, False)
-
-
-def test_disk_error_tells_a_full_disk_from_a_forbidden_one() -> None:
-    full = disk_error(Path("x"), OSError(errno.EDQUOT, "Disk quota exceeded"))
-    forbidden = disk_error(Path("x"), OSError(errno.EACCES, "Permission denied"))
-    assert "free some space" in full.remedy and "permissions" in forbidden.remedy
-    assert disk_error(Path("x"), OSError("strange")).got == "strange"

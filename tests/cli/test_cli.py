@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -33,10 +34,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def digits(out: Path, weights: Path, *more: str) -> tuple[int, str]:
-    """A quick `hap prune` on digits."""
+def digits(out: Path, weights: Path, *more: str, latency: str = "--any-latency") -> tuple[int, str]:
+    """A quick `hap prune` on digits; without times, which differ from run to run."""
     common = ("--model", "zoo:digits-cnn", "--data", "digits", "--weights", weights, "--out", out)
-    return invoke("prune", *common, "--samples", "64", "--limit", "128", *more)
+    return invoke("prune", *common, "--samples", "64", "--limit", "128", latency, *more)
 
 
 @pytest.mark.parametrize("budget", ["--keep-params", "--keep-macs"])
@@ -54,9 +55,10 @@ def test_prune(tmp_path: Path, weights: Path, budget: str) -> None:
 def test_the_planners_options(tmp_path: Path, weights: Path) -> None:
     """All at once: two rounds, the best plan for a latency and a size, and bounds on widths."""
     code, text = digits(
-        tmp_path / "run", weights, "--keep-latency", "1", "--keep-params", "0.5", "--latency-batch", "8",
+        tmp_path / "run", weights, "--keep-params", "0.5", "--latency-batch", "8",
         "--latency-cache", str(tmp_path / "latency.json"), "--mode", "optimal", "--no-joint", "--iterations", "2",
         "--min-width", "conv1=8", "--max-width", "layer*=0.9", "--protect", "linear", "--epochs", "0",
+        latency="--keep-latency=1",
     )  # fmt: skip
     assert code == 0, text
     assert "round 2: rise of the loss by the cut: predicted" in text
@@ -67,10 +69,64 @@ def test_the_planners_options(tmp_path: Path, weights: Path) -> None:
     assert (tmp_path / "latency.json").exists()
 
 
-def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
-    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0", "--implant-ratio", "0")
-    assert code == 0 and "no fine-tuning" in text
+def test_training_options(tmp_path: Path, weights: Path) -> None:
+    """The dense model teaches, in half precision, and TensorBoard is told."""
+    pytest.importorskip("tensorboard")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code, text = digits(
+        tmp_path / "run", weights, "--keep-params", "0.7", "--epochs", "1", "--distill", "0.5", "--temperature", "3",
+        "--label-smoothing", "0.1", "--accumulate", "2", "--precision", "bf16", "--log-to", "tensorboard",
+    )  # fmt: skip
+    assert code == 0, text
+    training = json.loads((tmp_path / "run" / "report.json").read_text())["options"]["training"]
+    expected = {"distill": 0.5, "temperature": 3.0, "label_smoothing": 0.1, "accumulate": 2, "precision": "bf16"}
+    assert {name: training[name] for name in expected} == expected
+    found = reader.EventAccumulator(str(tmp_path / "logs" / "run"))
+    found.Reload()
+    tags = set(found.Tags()["scalars"])
+    assert {"train/epoch_loss", "train/lr", "validation/loss", "seconds/finetune", "test/accuracy"} <= tags
+
+
+def test_another_model_teaches(tmp_path: Path, weights: Path) -> None:
+    common = ("finetune", "--model", "zoo:digits-cnn", "--data", "digits", "--limit", "64", "--epochs", "1")
+    taught = ("--teacher", "zoo:digits-cnn", "--teacher-weights", weights)
+    code, text = invoke(*common, *taught, "--distill", "1", "--out", tmp_path / "x")
+    assert code == 0, text
+    record = json.loads((tmp_path / "x" / "finetune.json").read_text())
+    assert record["options"]["distill"] == {"teacher": "zoo:digits-cnn", "weight": 1.0, "temperature": 2.0}
+    code, text = invoke(*common, "--distill", "1", "--out", tmp_path / "y")
+    assert code == 2 and "give --distill and --teacher" in text
+    assert not (tmp_path / "y").exists()
+
+
+def test_an_unknown_tracker_is_named(tmp_path: Path, weights: Path) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.7", "--log-to", "tensorbord")
+    assert code == 2 and "did you mean 'tensorboard'?" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "rise"), [("gate-fisher", "rise of the loss by the cut: predicted"), ("l1", "by the cut: measured")]
+)
+def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path, criterion: str, rise: str) -> None:
+    """A criterion whose scores are no losses predicts none."""
+    options = ("--keep-params", "0.6", "--epochs", "0", "--implant-ratio", "0", "--criterion", criterion)
+    code, text = digits(tmp_path / "run", weights, *options)
+    assert code == 0 and "no fine-tuning" in text and rise in text
     assert not hap.load(tmp_path / "run", zoo.build("digits-cnn"))[1].implants
+
+
+@pytest.mark.parametrize("ratio, limit", [("0.1", 1.0), ("0", None)])
+def test_implants_do_not_slow_the_model_down_unasked(tmp_path: Path, weights: Path, ratio: str, limit: float) -> None:
+    """Where there may be implants the dense model's time is a limit; without them nothing is timed."""
+    cache = tmp_path / "latency.json"
+    options = ("--keep-params", "0.6", "--epochs", "0", "--implant-ratio", ratio)
+    code, text = digits(tmp_path / "run", weights, *options, latency=f"--latency-cache={cache}")
+    assert code == 0, text
+    plan = hap.load(tmp_path / "run", zoo.build("digits-cnn"))[1]
+    assert plan.budget == hap.Budget(params=0.6, latency=limit) and cache.exists() == (limit is not None)
+    assert plan.options.get("latency_batch") == (None if limit is None else 1)
+    assert limit is None or plan.small.latency <= plan.dense.latency
 
 
 @pytest.mark.parametrize(
@@ -91,6 +147,7 @@ def test_no_epochs_skips_fine_tuning(tmp_path: Path, weights: Path) -> None:
         (["--keep-params", "0.5", "--ignore", "conv9"], "unknown module to ignore"),
         (["--keep-params", "0.5", "--device", "tpu9"], "no device"),
         (["--keep-latency", "0"], "out of range"),
+        (["--keep-params", "0.5", "--keep-latency", "1"], "give --keep-latency or --any-latency"),
         (["--keep-params", "0.5", "--mode", "optimum"], "did you mean 'optimal'"),
         (["--keep-params", "0.5", "--mode", "paper", "--joint"], "ranks units one by one"),
         (["--keep-params", "0.5", "--min-width", "conv1"], "give FAMILY=8 or FAMILY=0.5"),
@@ -136,12 +193,36 @@ def test_a_users_own_model(tmp_path: Path) -> None:
         "0.5",
         "--epochs",
         "0",
+        "--any-latency",
         "--out",
         tmp_path / "run",
     )
     assert code == 0, text
     code, text = invoke("prune", "--model", f"{tmp_path / 'mine.py'}:other", "--data", "digits", "--out", "x")
     assert code == 2 and "other" in text or "budget" in text
+
+
+def test_a_pruned_model_of_images_is_trained_on(tmp_path: Path, weights: Path) -> None:
+    """From what `hap prune` wrote, and again from what `hap finetune` wrote."""
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0")
+    assert code == 0, text
+    _, plan = hap.load(tmp_path / "run", zoo.build("digits-cnn"))
+    training = ("--optimizer", "sgd", "--lr", "0.05", "--epochs", "4", "--clip", "5")
+    common = ("finetune", "--data", "digits", "--limit", "256", "--device", "cpu", *training)
+    for start, end in (("run", "tuned"), ("tuned", "again")):
+        code, text = invoke(*common, "--model", f"hap:{tmp_path / start}", "--out", tmp_path / end)
+        assert code == 0, text
+        before, after = (hap.load(tmp_path / place, zoo.build("digits-cnn")) for place in (start, end))
+        assert after[1] == plan
+        record = json.loads((tmp_path / end / "finetune.json").read_text())
+        assert record["options"]["dense"] == "zoo:digits-cnn"
+        trained = not torch.equal(before[0].linear.weight, after[0].linear.weight)
+        assert trained == (record["history"]["chosen"] > 0) and (trained or start == "tuned")
+    (tmp_path / "run" / "report.json").unlink()
+    code, text = invoke(*common, "--model", f"hap:{tmp_path / 'run'}", "--out", tmp_path / "x")
+    assert code == 2 and "does not say what its dense model is" in " ".join(text.split())
+    code, text = invoke(*common, "--model", "hap:run", "--weights", weights, "--out", tmp_path / "x")
+    assert code == 2 and "in the model's own directory" in text
 
 
 def test_inspect() -> None:
@@ -151,11 +232,21 @@ def test_inspect() -> None:
     assert invoke("inspect", "--model", "zoo:resnet20", "--input-shape", "big")[0] == 2
 
 
+@pytest.mark.parametrize(("package", "extra"), [("timm", "models"), ("torchvision", "vision")])
+def test_a_missing_package_is_named(package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    code, text = invoke("inspect", "--model", f"{package}:resnet18")
+    assert code == 2 and f"pip install 'torch-hap[{extra}]'" in text
+
+
 def test_help_names_every_option() -> None:
+    code, text = invoke("inspect", "--help")
+    assert code == 0 and all(source in text for source in ("zoo:", "torchvision:", "timm:", "hf:"))
     code, text = invoke("prune", "--help")
     assert code == 0
     for option in ("--model", "--keep-params", "--keep-macs", "--implant-ratio", "--epochs", "--out", "--criterion",
-                   "--keep-latency", "--mode", "--joint", "--min-width", "--protect", "--iterations"):  # fmt: skip
+                   "--keep-latency", "--any-latency", "--mode", "--joint", "--min-width", "--protect",
+                   "--iterations"):  # fmt: skip
         assert option in text
 
 
@@ -164,6 +255,7 @@ def test_ctrl_c_leaves_a_message_and_no_file(tmp_path: Path, weights: Path) -> N
     """A real SIGINT in the middle of fine-tuning."""
     command = [sys.executable, "-m", "hap", "prune", "--model", "zoo:digits-cnn", "--weights", str(weights)]
     command += ["--data", "digits", "--keep-params", "0.5", "--samples", "64", "--epochs", "100000"]
+    command += ["--any-latency"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "run")],

@@ -105,6 +105,36 @@ def test_finetune_in_other_ways(
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "x").dtype == torch.float32
 
 
+def test_one_process_needs_no_accelerator(
+    tiny_bert: Path, glue_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would choose a device of its own."""
+    seen: dict[str, object] = {}
+    train = hap.finetune
+
+    def noting(model: torch.nn.Module, *args: object, **options: object) -> hap.History:
+        seen.update(options)
+        return train(model, *args, **options)
+
+    monkeypatch.setattr(hap, "finetune", noting)
+    data = ("--task", "glue/sst2", "--data", glue_dir, "--limit", 16, "--precision", "bf16")
+    run("finetune", "--model", f"hf:{tiny_bert}", *data, "--out", tmp_path / "x", "--epochs", 0, *QUICK)
+    assert seen["accelerator"] is None and seen["precision"] == "bf16"
+
+
+def test_no_more_tokens_than_positions(tiny_bert: Path, glue_dir: Path, tmp_path: Path) -> None:
+    """Where the tokenizer does not know of them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert, model_max_length=10**30)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    common = ("finetune", "--model", f"hf:{tmp_path / 'model'}", "--task", "glue/sst2", "--data", glue_dir)
+    quick = ("--limit", 16, "--epochs", 0, "--device", "cpu", "--out")
+    assert "at most 64 tokens" in run(*common, "--max-length", 65, *quick, tmp_path / "x", code=2)
+    assert "at least 8 tokens" in run(*common, "--max-length", 7, *quick, tmp_path / "x", code=2)
+    run(*common, *quick, tmp_path / "x")
+
+
 def test_models_of_images_are_trained_too(tmp_path: Path) -> None:
     out = tmp_path / "digits"
     model = ("--model", "zoo:digits-cnn", "--data", "digits", "--device", "cpu")
@@ -123,7 +153,7 @@ def test_models_of_images_are_trained_too(tmp_path: Path) -> None:
         ({"--units": "haeds"}, "did you mean 'head'"),
         ({"--units": "channels"}, "no units of kind 'channel'"),
         ({"--keep-heads": "1.5"}, "budget heads is out of range"),
-        ({"--max-length": "65"}, "8 to 64 tokens"),
+        ({"--max-length": "65"}, "at most 64 tokens"),
         ({"--weights": "x.safetensors"}, "in the model's own directory"),
     ],
 )

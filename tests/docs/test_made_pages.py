@@ -19,7 +19,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_implants(load) -> None:
-    made = load("implant_forms").tables(RESULTS) | load("implant_budgets").tables(RESULTS)
+    parts = [load(name).tables(RESULTS) for name in ("implant_forms", "implant_budgets", "implant_latency")]
+    made = {name: table for part in parts for name, table in part.items()}
     page = (ROOT / "docs" / "implants.md").read_text()
     assert load("curvature_tables").filled(page, made) == page
 
@@ -27,3 +28,8 @@ def test_implants(load) -> None:
 def test_structure(load) -> None:
     page = (ROOT / "docs" / "structure.md").read_text()
     assert load("curvature_tables").filled(page, load("structure").made(RESULTS)) == page
+
+
+def test_training(load) -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert load("curvature_tables").filled(page, load("training").tables(RESULTS)) == page

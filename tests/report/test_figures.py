@@ -14,7 +14,7 @@ from hap.report import width_plot
 
 def test_a_missing_matplotlib_is_named(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(HapError, match=r"(?s)plots need matplotlib.*pip install \"torch-hap\[report\]\""):
+    with pytest.raises(HapError, match=r"(?s)plots need the package 'matplotlib'.*pip install 'torch-hap\[report\]'"):
         width_plot(plan, tmp_path / "widths.png")
 
 

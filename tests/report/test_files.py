@@ -29,7 +29,7 @@ def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, d
 
 @pytest.mark.parametrize(
     ("code", "remedy"),
-    [(errno.ENOSPC, "free some space"), (errno.EACCES, "that you may write to"), (errno.EIO, "check the path")],
+    [(errno.ENOSPC, "free some space"), (errno.EACCES, "its permissions"), (errno.EIO, "check the path")],
 )
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failure_leaves_the_old_file(
@@ -42,7 +42,7 @@ def test_a_failure_leaves_the_old_file(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(HapError, match=f"(?s)cannot write .*results.json.*{os.strerror(code)}.*{remedy}"):
+    with pytest.raises(HapError, match=f"(?s)could not write .*results.json.*{os.strerror(code)}.*{remedy}"):
         write_json(path, "new")
     assert json.loads(path.read_text()) == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -60,10 +60,10 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(HapError, match="cannot write"):
+    with pytest.raises(HapError, match="could not write"):
         write_json(tmp_path / "results.json", 1)
     (tmp_path / "file").touch()
-    with pytest.raises(HapError, match="cannot write"):
+    with pytest.raises(HapError, match="could not write"):
         write_json(tmp_path / "file" / "results.json", 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "results.json"]
 

@@ -21,7 +21,8 @@ def card(
     """
     pruned = sum(len(d.prune) for d in plan.decisions.values())
     units = pruned + sum(len(d.keep) for d in plan.decisions.values())
-    implanted = sum(len(i.indices) for i in plan.implants.values())
+    implanted = sum(len(i.indices) for i in plan.filters.values())
+    narrow = sum(len(i.indices) for _, i in plan.narrowed.values())
     costs = {
         "parameters": (f"{plan.dense.params:,}", f"{plan.small.params:,}"),
         "MACs per sample": (f"{plan.dense.macs:,}", f"{plan.small.macs:,}"),
@@ -33,7 +34,8 @@ def card(
             "# Pruned model",
             "",
             f"Made by hap (Hessian-aware pruning with neural implants): criterion `{plan.criterion}`, budget {budget}.",
-            f"{pruned} of {units} units pruned, {implanted} filters replaced by smaller ones (implants).",
+            f"{pruned} of {units} units pruned, {implanted} filters replaced by smaller ones (implants)"
+            + (f", {narrow} heads by narrow ones." if narrow else "."),
             "",
             "| | dense | pruned |",
             "|---|---|---|",

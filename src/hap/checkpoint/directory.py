@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hap.errors import HapError
+from hap.errors import HapError, unwritable
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
@@ -45,7 +44,7 @@ def fresh_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
             yield fresh
             _swap(fresh, directory, Path(place, "old"))
     except OSError as error:
-        raise disk_error(directory, error) from error
+        raise unwritable(directory, error) from error
 
 
 def _swap(fresh: Path, directory: Path, old: Path) -> None:
@@ -58,14 +57,3 @@ def _swap(fresh: Path, directory: Path, old: Path) -> None:
         if old.exists() and not directory.exists():
             os.replace(old, directory)
         raise
-
-
-def disk_error(path: Path, error: OSError) -> HapError:
-    """The HapError for a failed write."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return HapError(
-        f"could not write {path}",
-        expected="a writable place with enough space",
-        got=error.strerror or str(error),
-        remedy="free some space, or choose another disk" if full else "check the path and its permissions",
-    )

@@ -16,7 +16,7 @@ from hap import pretrained
 from hap.batches import copied
 from hap.checkpoint.card import card
 from hap.checkpoint.directory import fresh_directory
-from hap.errors import HapError
+from hap.errors import HapError, unwritable
 from hap.planning import Plan, versions
 from hap.surgery import apply_, dense_config
 
@@ -82,12 +82,7 @@ def write(
     try:
         save_model(small, str(directory / MODEL))
     except SafetensorError as error:  # what safetensors makes of an OSError
-        raise HapError(
-            f"could not write {MODEL}",
-            expected="a writable place with enough space",
-            got=str(error),
-            remedy="free some space, or choose another disk",
-        ) from error
+        raise unwritable(MODEL, error) from error
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
     alone = pretrained.is_pretrained(small)
     if alone:
@@ -121,7 +116,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> tuple[nn.Modu
     """
     directory = Path(directory)
     plan = read_plan(directory)
-    small = apply_(pretrained.rebuild(directory) if model is None else copied(model), plan)
+    small = apply_(pretrained.rebuild(directory) if model is None else copied(model), plan, init="zeros")
     path = directory / MODEL
     try:
         missing, unexpected = _load(small, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from hap.cli import demo, finetune, inspect, prune
+from hap.cli import demo, finetune, inspect, prune, run
 from hap.errors import HapError
 
 app = typer.Typer(
@@ -24,20 +24,21 @@ def _reporting(verb: Callable[..., None]) -> Callable[..., None]:
     """Ends with exit code 2 on bad input and 130 when interrupted, each with a message and no traceback."""
 
     @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def reporting(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except HapError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted: nothing was written", err=True)
+            kept = "started again, it goes on from there" if verb is run.run else "nothing was written"
+            typer.echo(f"interrupted: {kept}", err=True)
             raise typer.Exit(130) from interrupt
 
-    return run
+    return reporting
 
 
-for _verb in (prune.prune, finetune.finetune, inspect.inspect, demo.demo):
+for _verb in (prune.prune, run.run, finetune.finetune, inspect.inspect, demo.demo):
     app.command()(_reporting(_verb))
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from safetensors.torch import save_model
 
 import hap
 from hap.checkpoint import fresh_directory, refuse_existing, write
-from hap.cli import sources
+from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job
 from hap.cli.screen import Bars, console
-from hap.errors import HapError, missing
+from hap.errors import HapError
 from hap.pretrained import is_pretrained, save_dense
 from hap.report import write_json
 from hap.types import silent
-
-Precision = Literal["no", "bf16", "fp16"]
 
 
 def finetune(
@@ -38,7 +35,17 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Examples in a batch of each process.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="The most tokens of a text; default: 128.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many examples of each split.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Mixed precision; needs the package accelerate.")] = "no",
+    label_smoothing: Annotated[float, typer.Option(help="Share of each label that is spread over all classes.")] = 0.0,
+    distill: Annotated[float, typer.Option(help="Weight of the teacher's outputs in the loss, from 0 to 1.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="That softens them.")] = 2.0,
+    teacher: Annotated[str | None, typer.Option(help="With --distill: a model of the task, named as --model.")] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Its safetensors file, where it needs one.")] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    compile: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    log: Annotated[
+        str | None, typer.Option("--log-to", help="Where losses go as well: tensorboard, wandb or mlflow.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the forward pass: no (the weights' own), bf16 or fp16.")] = "no",
     checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time (hf: and hap: only).")
     ] = False,
@@ -48,24 +55,31 @@ def finetune(
 ) -> None:
     """Train a model on its task, keep the weights that are best in validation, and evaluate them once.
 
-    Under `accelerate launch -m hap finetune ...` on several devices.
+    On several devices: `torchrun --nproc-per-node N -m hap finetune ...`, or `accelerate launch -m hap finetune ...`.
     """
     refuse_existing(out, overwrite)
-    accelerator = _accelerator(precision, device)
-    job = open_job(
-        model,
-        data,
-        weights=weights,
-        task=task,
-        batch_size=batch_size,
-        seed=seed,
-        limit=limit,
-        max_length=max_length,
-    )
-    trained = job.model.to(accelerator.device if accelerator is not None else sources.device(device))
+    target = sources.device(device)
+    accelerator = launch.accelerator(target)
+    target = target if accelerator is None else accelerator.device
+    opening: dict[str, Any] = {
+        "task": task,
+        "batch_size": batch_size,
+        "seed": seed,
+        "limit": limit,
+        "max_length": max_length,
+        "device": target,
+    }
+    if bool(distill) != (teacher is not None):
+        raise typer.BadParameter("give --distill and --teacher, or neither", param_hint="--distill")
+    job = open_job(model, data, weights=weights, **opening)
+    trained = job.model.to(target)
+    taught = None
+    if teacher is not None:
+        known = open_job(teacher, data, weights=teacher_weights, **opening).model.to(target)
+        taught = hap.Distillation(known, distill, temperature)
     if checkpointing:
         _checkpoint_gradients(trained)
-    first = accelerator is None or accelerator.is_main_process
+    first = launch.first(accelerator)
     options: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -74,22 +88,36 @@ def finetune(
         "warmup": warmup,
         "weight_decay": weight_decay,
         "clip": clip,
+        "label_smoothing": label_smoothing,
+        "accumulate": accumulate,
+        "precision": precision,
+        "compile": compile,
         "seed": seed,
     }
-    with Bars() as bars:
+    with launch.tracking(log, out, {"model": model, "data": data, **options}) as told, Bars() as bars:
         progress = bars if first else silent
         history = hap.finetune(
             trained,
             job.data.train,
             validation=job.data.validation,
+            distill=taught,
             accelerator=accelerator,
+            log=told,
             progress=progress,
             **options,
         )
         if not first:
             return
         test = hap.evaluate(trained, job.data.test, metrics=job.data.metrics, progress=bars)
-    settings = {"model": model, "task": task, "data": data, "limit": limit, "precision": precision, **options}
+    settings = {
+        "model": model,
+        "dense": job.dense,
+        "task": task,
+        "data": data,
+        "limit": limit,
+        "distill": {"teacher": teacher, "weight": distill, "temperature": temperature} if teacher else None,
+        **options,
+    }
     record = {"options": settings, "history": history.to_dict(), "test": vars(test)}
     with fresh_directory(out, overwrite=overwrite) as staging:
         _write(job, staging)
@@ -101,17 +129,6 @@ def finetune(
     console.print(f"written to {out}", soft_wrap=True)
 
 
-def _accelerator(precision: Precision, device: str) -> Any:
-    """Accelerate's, where there are several processes or mixed precision is asked for; else None."""
-    if precision == "no" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise missing("several processes and mixed precision need", "accelerate", "text", error) from error
-    return Accelerator(mixed_precision=precision, cpu=device == "cpu")
-
-
 def _checkpoint_gradients(model: Any) -> None:
     if not is_pretrained(model) or not model.supports_gradient_checkpointing:
         raise HapError(
@@ -119,7 +136,8 @@ def _checkpoint_gradients(model: Any) -> None:
             expected="a model of transformers that has it",
             remedy="leave --gradient-checkpointing out, or take smaller batches",
         )
-    model.activation_checkpointing_enable()
+    new = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5
+    (new or model.gradient_checkpointing_enable)()
 
 
 def _write(job: Job, directory: Path) -> None:

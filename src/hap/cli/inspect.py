@@ -17,9 +17,9 @@ Shape = Annotated[str, typer.Option(help="Shape of one input, for example 3,32,3
 
 
 def inspect(
-    model: Annotated[str, typer.Option(help="zoo:NAME, torchvision:NAME, or FILE.py:FUNCTION.")],
+    model: Annotated[str, typer.Option(help=f"{sources.SPECS}.")],
     input_shape: Shape = "3,32,32",
-    classes: Annotated[int, typer.Option(help="Number of outputs, for zoo and torchvision models.")] = 10,
+    classes: Annotated[int, typer.Option(help="Number of outputs.")] = 10,
     frozen: Annotated[bool, typer.Option("--frozen", help="List every frozen axis with its reason.")] = False,
 ) -> None:
     """List a model's prunable families, its costs and its frozen axes."""

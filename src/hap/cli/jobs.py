@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import hap
@@ -23,12 +25,14 @@ class Job:
         data: its splits.
         tokenizer: of a model of texts.
         plan: of a model that hap has pruned.
+        dense: the words behind --model for the dense model; None of a pruned one that opens alone.
     """
 
     model: nn.Module
     data: zoo.DataSplits
     tokenizer: Any = None
     plan: hap.Plan | None = None
+    dense: str | None = None
 
 
 def open_job(
@@ -40,8 +44,11 @@ def open_job(
     batch_size: int,
     seed: int,
     limit: int | None = None,
+    validation: int | None = None,
+    image_size: int | None = None,
     workers: int = 0,
     max_length: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Job:
     """Opens model and data, for texts where a task is named, else for images.
 
@@ -51,27 +58,103 @@ def open_job(
     if task is None:
         if max_length is not None:
             raise HapError("images have no length in tokens", expected="--max-length with --task", got=str(max_length))
-        splits = zoo.load_data(data, batch_size=batch_size, seed=seed, limit=limit, workers=workers)
-        return Job(sources.load_model(model, weights, len(splits.classes), seed=seed), splits)
+        splits = zoo.load_data(
+            data,
+            batch_size=batch_size,
+            seed=seed,
+            limit=limit,
+            validation=validation,
+            image_size=image_size,
+            workers=workers,
+            device=device,
+        )
+        return _image_job(model, weights, splits, seed)
     labels = zoo.task_of(task).labels
     opened, tokenizer, plan = _text_model(model, weights, labels, seed)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "limit": limit, "max_length": max_length}
+    if image_size is not None:
+        raise HapError("texts have no size in pixels", expected="image_size for images", got=str(image_size))
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "limit": limit,
+        "validation": validation,
+        "max_length": _longest(opened, tokenizer, max_length),
+    }
     splits = zoo.load_texts(task, data, tokenizer, **options)
-    return Job(opened, splits, tokenizer, plan)
+    return Job(opened, splits, tokenizer, plan, dense=model if plan is None else None)
+
+
+def _image_job(spec: str, weights: Path | None, data: zoo.DataSplits, seed: int) -> Job:
+    source, _, name = spec.partition(":")
+    if source != "hap":
+        return Job(sources.load_model(spec, weights, len(data.classes), seed=seed), data, dense=spec)
+    if weights is not None:
+        raise _own_weights(weights)
+    directory = Path(name)
+    if (directory / pretrained.CONFIG).is_file():  # of a model of transformers, which opens alone
+        small, plan = hap.load(directory)
+        return Job(small, data, plan=plan)
+    dense = _dense_spec(directory)
+    small, plan = hap.load(directory, sources.load_model(dense, None, len(data.classes), seed=seed))
+    return Job(small, data, plan=plan, dense=dense)
+
+
+RECORDS = ("report.json", "finetune.json")  # what hap prune and hap finetune write beside a model
+
+
+def _dense_spec(directory: Path) -> str:
+    """The dense model of a pruned one, as the command that wrote the directory was told.
+
+    Raises:
+        HapError: the directory does not say.
+    """
+    for name in RECORDS:
+        try:
+            options = json.loads((directory / name).read_text(encoding="utf-8"))["options"]
+            return str(options.get("dense") or options["model"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    raise HapError(
+        f"{directory} does not say what its dense model is",
+        expected=f"{' or '.join(RECORDS)}, which hap prune and hap finetune write beside the model",
+        got="neither, with the name of a model" if directory.is_dir() else "no such directory",
+        remedy="from Python: small, plan = hap.load(directory, dense), then hap.finetune(small, ...)",
+    )
+
+
+def _own_weights(weights: Path) -> HapError:
+    return HapError("the weights are in the model's own directory", expected="no --weights", got=f"--weights {weights}")
 
 
 def _text_model(
     spec: str, weights: Path | None, labels: tuple[str, ...], seed: int
 ) -> tuple[nn.Module, Any, hap.Plan | None]:
     source, _, name = spec.partition(":")
-    if source not in ("hf", "hap") or weights is not None:
+    if source not in ("hf", "hap"):
         raise HapError(
-            "this is no model of texts" if weights is None else "the weights are in the model's own directory",
+            "this is no model of texts",
             expected="hf:PATH, a directory or a name on the Hugging Face hub, or hap:DIR, which hap has pruned",
-            got=spec if weights is None else f"--weights {weights}",
+            got=spec,
             remedy="for example hf:bert-base-uncased",
         )
+    if weights is not None:
+        raise _own_weights(weights)
     if source == "hf":
         return *pretrained.load_text_classifier(name, labels, seed=seed), None
     small, plan = hap.load(name)
     return small, pretrained.load_tokenizer(name), plan
+
+
+def _longest(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
+    """`max_length`, where the model has so many positions, of which its tokenizer may not know."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    if max_length is not None and 0 < positions < max_length:
+        raise HapError(
+            "max_length is out of range",
+            expected=f"at most {positions} tokens, the positions that the model has",
+            got=str(max_length),
+            remedy="longer texts are cut",
+        )
+    if max_length is None and 0 < positions < 128:
+        return min(positions, tokenizer.model_max_length)
+    return max_length

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from hap.cli import sources
+from hap.cli import launch, sources
 from hap.cli.jobs import open_job
 from hap.cli.screen import Bars, show
 from hap.errors import HapError
 from hap.pipeline import Training, run
-from hap.types import Budget
+from hap.types import Budget, silent
 
 Name = Annotated[str, typer.Option(help=f"{sources.SPECS}.")]
 Data = Annotated[str, typer.Option(help="digits, cifar10:DIR or imagefolder:DIR; with --task its directory.")]
@@ -37,8 +38,15 @@ def prune(
     keep_params: Annotated[float | None, typer.Option(help="Fraction of parameters that may remain.")] = None,
     keep_macs: Annotated[float | None, typer.Option(help="Fraction of multiply-accumulates that may remain.")] = None,
     keep_latency: Annotated[
-        float | None, typer.Option(help="Fraction of the latency that may remain, by layer times measured here.")
+        float | None,
+        typer.Option(
+            help="Fraction of the latency that may remain, by layer times measured here; default: 1 where mode optimal "
+            "may implant, so that no implant makes the model slower than it was."
+        ),
     ] = None,
+    any_latency: Annotated[
+        bool, typer.Option("--any-latency", help="Time nothing: implants may make the model slower than it was.")
+    ] = False,
     latency_batch: Annotated[int, typer.Option(help="Examples whose latency counts for --keep-latency.")] = 1,
     latency_cache: Annotated[
         Path, typer.Option(help="Where measured layer times are kept for the next run.")
@@ -59,7 +67,7 @@ def prune(
     implant_ratio: Annotated[
         float,
         typer.Option(
-            help="paper: of the filters to prune, the most sensitive share that gets implants; 0: none. "
+            help="paper: of the filters and heads to prune, the most sensitive share that gets implants; 0: none. "
             "optimal: any other value lets the planner implant what pays."
         ),
     ] = 0.1,
@@ -85,8 +93,12 @@ def prune(
         int, typer.Option(help="Rounds of measuring, pruning a little and fine-tuning; implants come in the last.")
     ] = 1,
     recover: Annotated[
-        str, typer.Option(help="After the cut: recalibrate (batch-norm statistics), refit (closed form) or none.")
-    ] = "recalibrate",
+        str,
+        typer.Option(
+            help="After the cut: refit (what is left is solved anew in closed form), recalibrate (batch-norm "
+            "statistics) or none."
+        ),
+    ] = "refit",
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning, in each round; 0 skips it.")] = 1,
     lr: Annotated[
         float | None,
@@ -99,6 +111,19 @@ def prune(
         float | None, typer.Option(help="Largest norm of the whole gradient; default none, 1 for texts.")
     ] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; default: none.")] = None,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of each label that is spread over all classes in training.")
+    ] = 0.0,
+    distill: Annotated[
+        float, typer.Option(help="Weight of the dense model's outputs in the training loss, from 0 to 1.")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option(help="That softens them.")] = 2.0,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    precision: Annotated[str, typer.Option(help="Of the forward pass in training: no, bf16 or fp16.")] = "no",
+    compile: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    log: Annotated[
+        str | None, typer.Option("--log-to", help="Where losses and times go as well: tensorboard, wandb or mlflow.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch; default 128, of texts 32.")] = None,
     max_length: Annotated[int | None, typer.Option(help="The most tokens of a text; default 128.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many examples of each split, for quick runs.")] = None,
@@ -110,12 +135,22 @@ def prune(
     """Measure, plan, prune with implants, fine-tune, evaluate, save and report.
 
     Give --keep-params, --keep-macs, --keep-latency, --keep-heads, or several of them.
+    On several devices: `torchrun --nproc-per-node N -m hap prune ...`, or `accelerate launch -m hap prune ...`.
     """
     budget = Budget(params=keep_params, macs=keep_macs, latency=keep_latency, heads=keep_heads)
+    if keep_latency is not None and any_latency:
+        raise typer.BadParameter("give --keep-latency or --any-latency", param_hint="--any-latency")
+    if keep_latency is None and not any_latency and mode == "optimal" and implant_ratio > 0:
+        budget = dataclasses.replace(budget, latency=1.0)
     kinds = _kinds(units)
-    widths = {"minimum": _widths(min_width, "--min-width"), "maximum": _widths(max_width, "--max-width")}
-    target = sources.device(device)
-    with Bars() as bars:
+    widths: dict[str, Any] = {
+        "minimum": _widths(min_width, "--min-width"),
+        "maximum": _widths(max_width, "--max-width"),
+    }
+    accelerator = launch.accelerator(sources.device(device))
+    target = sources.device(device) if accelerator is None else accelerator.device
+    first = launch.first(accelerator)
+    with launch.tracking(log, out, {"model": model, "data": data, "task": task}) as numbers, Bars() as bars:
         job = open_job(
             model,
             data,
@@ -126,6 +161,7 @@ def prune(
             limit=limit,
             workers=workers,
             max_length=max_length,
+            device=target,
         )
         if job.plan is not None:
             raise HapError(
@@ -134,6 +170,8 @@ def prune(
                 remedy="prune the dense model to the whole budget",
             )
         given = {"epochs": epochs, "schedule": schedule, "warmup": warmup, "ema": ema}
+        given |= {"label_smoothing": label_smoothing, "distill": distill, "temperature": temperature}
+        given |= {"accumulate": accumulate, "precision": precision, "compile": compile}
         chosen = {"optimizer": optimizer, "lr": lr, "clip": clip}
         done = run(
             job.model.to(target),
@@ -153,7 +191,9 @@ def prune(
                 "data": data,
                 "limit": limit,
             },
-            progress=bars,
+            accelerator=accelerator,
+            log=numbers,
+            progress=bars if first else silent,
             criterion=criterion,
             mode=mode,
             joint="auto" if joint is None else joint,
@@ -170,7 +210,8 @@ def prune(
             latency_batch=latency_batch,
             latency_cache=latency_cache,
         )
-    show(done)
+    if first:
+        show(done)
 
 
 TEXTS = {"optimizer": "adamw", "lr": 5e-5, "clip": 1.0, "weight_decay": 0.01}  # as BERT is fine-tuned

@@ -80,19 +80,27 @@ def show(run: Run) -> None:
     plan = run.result.plan
     pruned = sum(len(d.prune) for d in plan.decisions.values())
     units = pruned + sum(len(d.keep) for d in plan.decisions.values())
-    implanted = sum(len(i.indices) for i in plan.implants.values())
+    implanted = sum(len(i.indices) for i in plan.filters.values())
+    narrow = sum(len(i.indices) for _, i in plan.narrowed.values())
     error = run.result.verification.max_relative_error
-    console.print(f"{pruned} of {units} units pruned, {implanted} filters implanted ({plan.criterion})")
+    heads = f", {narrow} heads made narrow" if narrow else ""
+    console.print(f"{pruned} of {units} units pruned, {implanted} filters implanted{heads} ({plan.criterion})")
     console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
     for number, found in enumerate(run.rounds, start=1):
         which = f"round {number}: " if len(run.rounds) > 1 else ""
-        predicted = "nothing" if found.predicted is None else f"{found.predicted:.3f}"
-        console.print(f"{which}rise of the loss by the cut: predicted {predicted}, measured {found.rise:.3f}")
+        known = run.predicts_loss and found.predicted is not None
+        predicted = f"predicted {found.predicted:.3f}, " if known else ""
+        console.print(f"{which}rise of the loss by the cut: {predicted}measured {found.rise:.3f}")
     if run.as_cut.accuracy is not None:
         chosen = run.history.chosen
         kept = f"epoch {chosen} of {len(run.history.epochs)}" if run.history.epochs else "no fine-tuning"
         console.print(f"validation accuracy before fine-tuning: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
     console.print(rich_table(run.comparison))
+    if run.targets:
+        made = Table("target", "", "reached", "difference", "source")
+        for target in run.targets:
+            made.add_row(*target.cells())
+        console.print(made)
     console.print(f"run directory: {run.directory}", soft_wrap=True)
 
 

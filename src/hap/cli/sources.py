@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hap import pretrained, zoo
-from hap.errors import HapError, unknown
+from hap.errors import HapError, missing, unknown
 from hap.zoo.weights import load_weights_
 
 SPECS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:PATH or FILE.py:FUNCTION"
@@ -55,7 +55,7 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     try:
         from torchvision import models
     except ImportError as error:
-        raise HapError("torchvision is not installed", remedy="pip install 'torch-hap[vision]'") from error
+        raise missing("torchvision:NAME needs", "torchvision", "vision", error) from error
     if name not in models.list_models():
         raise unknown("torchvision model", name, models.list_models())
     return models.get_model(name, weights=None, num_classes=classes)
@@ -65,7 +65,7 @@ def _timm(name: str, classes: int, seed: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise HapError("timm is not installed", remedy="pip install timm") from error
+        raise missing("timm:NAME needs", "timm", "models", error) from error
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
     with torch.random.fork_rng(devices=[]):

@@ -3,16 +3,21 @@
 from hap.report.comparison import Comparison, Measured, Quantity, Row, markdown, table
 from hap.report.files import write_json
 from hap.report.sensitivities import Spectrum, sensitivity_plot, spectrum
+from hap.report.targets import Aim, Reached, Target, reached
 from hap.report.widths import LayerWidth, width_plot, widths
 
 __all__ = [
+    "Aim",
     "Comparison",
     "LayerWidth",
     "Measured",
     "Quantity",
+    "Reached",
     "Row",
     "Spectrum",
+    "Target",
     "markdown",
+    "reached",
     "sensitivity_plot",
     "spectrum",
     "table",

@@ -6,7 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING, Literal
 
-from hap.errors import HapError
+from hap.errors import missing
 from hap.report.files import write_bytes
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise HapError(
-            "plots need matplotlib",
-            expected="the packages of the extra 'report'",
-            got=str(error),
-            remedy='pip install "torch-hap[report]"',
-        ) from error
+        raise missing("plots need", "matplotlib", "report", error) from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

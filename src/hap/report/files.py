@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from hap.errors import HapError
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space, or write to another disk",
-    errno.EDQUOT: "free some of your quota, or write to another disk",
-    errno.EACCES: "write to a folder that you may write to",
-    errno.EPERM: "write to a folder that you may write to",
-    errno.EROFS: "write to a folder that you may write to",
-}
+from hap.errors import HapError, unwritable
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
@@ -63,9 +54,4 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
                 beside.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise HapError(
-            f"cannot write {path}",
-            expected="a path that can be written to, and room for the file",
-            got=error.strerror or str(error),
-            remedy=_REMEDIES.get(error.errno or 0, "check the path"),
-        ) from error
+        raise unwritable(path, error) from error

@@ -56,7 +56,7 @@ def spectrum(sensitivity: Sensitivity, plan: Plan) -> Spectrum:
         if loose:
             scores = _values(sensitivity.filters, layer.module, layer.filters)
             errors = _values(sensitivity.filters_stderr, layer.module, layer.filters)
-            implanted = plan.implants[layer.module].indices
+            implanted = plan.filters[layer.module].indices
             tiers: list[Tier] = ["implant" if i in implanted else "keep" for i in loose]
             parts.append((scores[loose], errors[loose], tiers))
     return _sorted(parts)
@@ -106,9 +106,9 @@ def _values(scores: Mapping[str, torch.Tensor], name: str, size: int) -> NDArray
 
 def _unit_tiers(family: Family, plan: Plan) -> list[Tier]:
     implanted = {
-        (layer.weight, layer.output_axis): set(plan.implants[layer.module].indices)
+        (layer.weight, layer.output_axis): set(plan.filters[layer.module].indices)
         for layer in plan.structure.layers
-        if layer.module in plan.implants
+        if layer.module in plan.filters
     }
     tiers: list[Tier] = ["keep"] * family.size
     for member in family.roles("producer") if len(family.roles("producer")) == 1 else ():
@@ -116,6 +116,9 @@ def _unit_tiers(family: Family, plan: Plan) -> list[Tier]:
         for unit, positions in enumerate(member.indices):
             if not filters.isdisjoint(positions):
                 tiers[unit] = "implant"
+    for heads, implant in plan.narrowed.values():
+        for unit in implant.indices if heads.family.name == family.name else ():
+            tiers[unit] = "implant"
     for unit in plan.decisions[family.name].prune:
         tiers[unit] = "prune"
     return tiers
@@ -123,7 +126,7 @@ def _unit_tiers(family: Family, plan: Plan) -> list[Tier]:
 
 def _loose_filters(layer: Layer, plan: Plan) -> list[int]:
     """The filters of an implanted layer that were ranked on their own: their channel has other writers, or none."""
-    if layer.module not in plan.implants:
+    if layer.module not in plan.filters:
         return []
     tied = {
         position

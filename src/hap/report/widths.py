@@ -94,8 +94,11 @@ def _pruned(plan: Plan) -> dict[tuple[str, int], set[int]]:
 
 
 def _width(layer: Layer, pruned: set[int], plan: Plan) -> LayerWidth:
-    implant = plan.implants.get(layer.module)
+    implant = plan.filters.get(layer.module)
     implanted = len(set(implant.indices) - pruned) if implant else 0
+    for heads, narrow in plan.narrowed.values():
+        if layer in heads.projections:
+            implanted = sum(len(heads.member(layer.weight).indices[unit]) for unit in narrow.indices)
     return LayerWidth(layer.module, layer.filters, layer.filters - len(pruned) - implanted, implanted)
 
 

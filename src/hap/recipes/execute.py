@@ -1,0 +1,150 @@
+"""`execute`: a recipe, from the dense model to the run directory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from hap import pretrained
+from hap.batches import device_of
+from hap.checkpoint import fresh_directory, refuse_existing
+from hap.errors import unwritable
+from hap.pipeline import Run, run
+from hap.recipes.recipe import Recipe
+from hap.recipes.work import Work, as_data
+from hap.report import write_json
+from hap.training import finetune
+from hap.types import Log, Progress, silent
+from hap.zoo import DataSplits
+
+logger = logging.getLogger(__name__)
+WEIGHTS, HISTORY = "model.safetensors", "training.json"
+
+
+def execute(
+    recipe: Recipe,
+    model: nn.Module,
+    data: DataSplits,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    rival: float | None = None,
+    overwrite: bool = False,
+    accelerator: Any = None,
+    log: Log | None = None,
+    progress: Progress = silent,
+) -> Run:
+    """Trains the dense model where the recipe says so, and runs the pipeline.
+
+    What is done is kept in a folder beside `out`, ``OUT.work``: a run that was killed goes on from there when it is
+    started again with the same arguments, with the same result. At the end the folder is removed, and a dense
+    model that was trained lies in ``OUT/dense``.
+
+    Args:
+        recipe: what to do.
+        model: the recipe's model with its weights, on the device to work on; it is trained in place.
+        data: the recipe's data.
+        out: the run directory.
+        tokenizer: of a model of texts.
+        rival: the accuracy of another small model, for a target of kind ``gain``.
+        overwrite: replace `out` if it exists.
+        accelerator: see `hap.finetune`; where there are several processes, each calls this with the same arguments.
+        log: takes losses and learning rates while training; see `hap.pipeline.run`.
+        progress: shows how far it is.
+
+    Raises:
+        HapError: `out` exists, the folder beside it is of another recipe, or a stage fails.
+    """
+    out = Path(out).absolute()
+    refuse_existing(out, overwrite)
+    work = Work.beside(out, recipe, first=accelerator is None or accelerator.is_main_process)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    dense = _train_(recipe, model, data, work, tokenizer, accelerator, log, progress)
+    plan = {field.name: getattr(recipe.plan, field.name) for field in dataclasses.fields(recipe.plan)}
+    done = run(
+        model,
+        data,
+        recipe.budget,
+        out,
+        tokenizer=tokenizer,
+        recover=recipe.recover,
+        training=recipe.finetune,
+        overwrite=overwrite,
+        seed=recipe.seed,
+        work=work.folder,
+        targets=recipe.targets,
+        rival=rival,
+        accelerator=accelerator,
+        options={"recipe": as_data(recipe), "dense": dense},
+        log=log,
+        progress=progress,
+        **plan,
+        **{field.name: getattr(recipe.measure, field.name) for field in dataclasses.fields(recipe.measure)},
+        implant_ratio=recipe.implants.ratio,
+    )
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    work.finish(out)
+    return done
+
+
+def _train_(
+    recipe: Recipe,
+    model: nn.Module,
+    data: DataSplits,
+    work: Work,
+    tokenizer: Any,
+    accelerator: Any,
+    log: Log | None,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Trains the dense model, or loads it where that has been done; returns how it went, if it was trained."""
+    training = recipe.dense.train
+    if training is None:
+        return None
+    if not work.dense.exists():
+        start = time.perf_counter()
+        train = copy.copy(data.train)  # one of its own: that this one was read must not change the order of the other
+        train.batch_size = recipe.dense.batch_size or train.batch_size
+        history = finetune(
+            model,
+            train,
+            validation=data.validation,
+            seed=recipe.seed,
+            state=work.training,
+            accelerator=accelerator,
+            log=None if log is None else lambda values, step: log({f"dense/{k}": v for k, v in values.items()}, step),
+            progress=progress,
+            **training.options(),
+        )
+        record = {"history": history.to_dict(), "seconds": time.perf_counter() - start}
+        if work.first:
+            with fresh_directory(work.dense) as staging:
+                _write(model, staging, tokenizer)
+                write_json(staging / HISTORY, record)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    # From the file also what was trained just now: so that both are the same to the bit.
+    load_model(model, work.dense / WEIGHTS, device=str(device_of(model)))
+    logger.info("the dense model is in %s", work.dense)
+    return dict(json.loads((work.dense / HISTORY).read_text(encoding="utf-8")))
+
+
+def _write(model: nn.Module, directory: Path, tokenizer: Any) -> None:
+    """The tensors, and of a Hugging Face model all that `from_pretrained` needs."""
+    try:
+        save_model(model, str(directory / WEIGHTS), metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        raise unwritable(directory / WEIGHTS, error) from error
+    if pretrained.is_pretrained(model):
+        pretrained.write(model, directory, tokenizer)

@@ -1,0 +1,50 @@
+"""`hap run`: what is wrong is said before anything is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hap.cli import app
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hap.cli.run.open_job", lambda *_, **__: pytest.fail("model and data were opened"))
+    monkeypatch.delenv("HAP_DATA", raising=False)
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["run", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_wrong_setting(tmp_path: Path) -> None:
+    text = refused(CONFIGS / "cifar10-resnet56.yaml", "--set", "finetune.epoch=3", "--out", tmp_path / "run")
+    assert "unknown key 'epoch' of finetune" in text and "did you mean 'epochs'?" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").touch()
+    assert "exists already" in refused(CONFIGS / "cifar10-resnet56.yaml", "--out", tmp_path)
+
+
+def test_texts_without_a_directory(tmp_path: Path) -> None:
+    text = refused(CONFIGS / "glue-mrpc-roberta.yaml", "--out", tmp_path / "run", "--device", "cpu")
+    assert "where is glue/mrpc?" in text and "HAP_DATA" in text
+
+
+def test_a_rival_without_a_report(tmp_path: Path) -> None:
+    text = refused(CONFIGS / "glue-mrpc-roberta.yaml", "--out", tmp_path / "run", "--against", tmp_path)
+    assert "report.json gives no accuracy" in text
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    text = refused(CONFIGS / "cifar10-resnet56.yaml", "--out", tmp_path / "run", "--device", "tpu")
+    assert "there is no device 'tpu'" in text
