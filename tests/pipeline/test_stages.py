@@ -106,8 +106,11 @@ def test_other_criteria_choose_one_by_one(model: nn.Module, data: zoo.DataSplits
         hap.prune(model, data.calibration, None, budget, mode="optimal", criterion="magnitude", joint=True)
 
 
-def test_a_latency_budget(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
-    """The layers are timed here, and the times kept."""
+def test_a_latency_budget(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers are timed here, and the times kept; the whole model is timed at the end, here by a constant clock."""
+    monkeypatch.setattr("hap.pipeline.stages.clock", lambda *_: lambda plan: 0.5)
     cache = tmp_path / "latency.json"
     budget = hap.Budget(latency=0.8)
     result = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
@@ -115,6 +118,7 @@ def test_a_latency_budget(model: nn.Module, data: zoo.DataSplits, tmp_path: Path
     assert 0 < result.plan.small.latency <= 0.8 * result.plan.dense.latency
     again = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
     assert again.plan == result.plan
+    assert result.plan.options["latency_measured"] == 0.5 and result.plan.budget == budget
     with pytest.raises(hap.HapError, match="latency_batch is out of range"):
         hap.prune(model, data.calibration, None, budget, latency_batch=0)
 

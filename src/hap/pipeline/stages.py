@@ -15,6 +15,7 @@ from hap.curvature import CRITERIA, Criterion, measure
 from hap.curvature.saved import digest
 from hap.errors import HapError
 from hap.implants import Option, head_options, options
+from hap.pipeline.clock import by_the_clock, clock
 from hap.pipeline.kept import once
 from hap.pipeline.together import by_the_first
 from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, inside, time_layers, ways
@@ -132,21 +133,20 @@ def prune(
             state=Path(state, "measure.safetensors") if state and _resumable(criterion, samples) else None,
             progress=progress,
         )
-        forms: dict[str, tuple[Option, ...]] = {}
-        left = {layer.module for layer in structure.layers if not any(inside(layer.module, part) for part in ignore)}
-        if implant_ratio and mode == "optimal":
-            forms = options(model, structure, data, samples=fit, layers=left, progress=progress)
-        if implant_ratio and (units is None or "head" in units):
-            forms |= head_options(model, structure, data, samples=fit, layers=left, progress=progress)
+        forms = _forms(model, structure, data, fit, choice, ignore, progress) if implant_ratio else {}
+        inputs = arguments(resized(data[0], batch))
         if budget.latency is not None:
-            inputs = arguments(resized(data[0], batch))
-            timed = ways(structure, forms, mode=mode) if implant_ratio else {}
+            timed = ways(structure, forms, mode=mode)
             table = by_the_first(
                 lambda: time_layers(model, structure, *inputs, implants=timed, cache=latency_cache, progress=progress)
             )
         if of is not None:
             limits = _rescaled(budget, of, CostModel(structure, table).dense)
-        plan = decide(structure, sensitivity, limits, options=forms, latency=table, **choice)
+
+        def decided(within: Budget) -> Plan:
+            return decide(structure, sensitivity, within, options=forms, latency=table, **choice)
+
+        plan = decided(limits) if table is None else by_the_clock(decided, limits, clock(model, *inputs))
         counted = {} if table is None else {"latency_batch": batch}
         return sensitivity, dataclasses.replace(plan, options={**plan.options, **counted, "seed": seed})
 
@@ -170,6 +170,25 @@ def prune(
             remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
         )
     return Result(small, structure, sensitivity, plan, verification)
+
+
+def _forms(
+    model: nn.Module,
+    structure: Structure,
+    data: list[Batch],
+    samples: int,
+    choice: dict[str, Any],
+    ignore: tuple[str, ...],
+    progress: Progress,
+) -> dict[str, tuple[Option, ...]]:
+    """What implants each layer and each attention module may have, and what they leave undone."""
+    left = {layer.module for layer in structure.layers if not any(inside(layer.module, part) for part in ignore)}
+    found: dict[str, tuple[Option, ...]] = {}
+    if choice["mode"] == "optimal":
+        found |= options(model, structure, data, samples=samples, layers=left, progress=progress)
+    if choice["units"] is None or "head" in choice["units"]:
+        found |= head_options(model, structure, data, samples=samples, layers=left, progress=progress)
+    return found
 
 
 def _has_gram(criterion: str | Criterion, structure: Structure) -> bool:

@@ -1,0 +1,98 @@
+"""Plans that are held to a latency by the clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import hap
+from hap.pipeline.clock import TRIES, by_the_clock, clock
+from hap.types import Budget, Cost
+
+
+@pytest.fixture(scope="module")
+def plan() -> hap.Plan:
+    """Of a network with two families."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    structure = hap.trace(model, (torch.rand(2, 6),))
+    sensitivity = hap.measure(model, None, None, structure, criterion="magnitude")
+    return hap.decide(structure, sensitivity, Budget(params=0.6), implant_ratio=0)
+
+
+class Planner:
+    """Gives plans that use their limit of latency up, down to a floor; notes the limits."""
+
+    def __init__(self, plan: hap.Plan, lowest: float = 0.0) -> None:
+        self.plan, self.lowest = plan, lowest
+        self.limits: list[float] = []
+
+    def __call__(self, limits: Budget) -> hap.Plan:
+        assert limits.latency is not None and limits.params == 0.6
+        if limits.latency < self.lowest:
+            raise hap.HapError("the budget cannot be reached", expected="more", got="less")
+        self.limits.append(limits.latency)
+        dense, small = (
+            dataclasses.replace(cost, latency=time)
+            for cost, time in ((self.plan.dense, 2.0), (self.plan.small, 2.0 * limits.latency))
+        )
+        return dataclasses.replace(self.plan, dense=dense, small=small)
+
+
+def share(cost: Cost, of: Cost) -> float:
+    """Of the time by the table."""
+    assert cost.latency is not None and of.latency is not None
+    return cost.latency / of.latency
+
+
+GOAL = Budget(params=0.6, latency=0.8)
+
+
+def test_a_plan_that_is_fast_enough_is_taken_as_it_is(plan: hap.Plan) -> None:
+    planner = Planner(plan)
+    found = by_the_clock(planner, GOAL, lambda _: 0.81)  # within the clock's own error
+    assert planner.limits == [0.8]
+    assert found.options["latency_measured"] == 0.81 and found.budget == GOAL
+
+
+def test_the_limit_shrinks_by_what_the_clock_finds_too_much(plan: hap.Plan) -> None:
+    """The model is slower than the table says, by half: the goal is met at two thirds of it."""
+    planner = Planner(plan)
+    found = by_the_clock(planner, GOAL, lambda plan: 1.5 * share(plan.small, plan.dense))
+    assert planner.limits == pytest.approx([0.8, 0.8 / 1.5])
+    assert found.options["latency_measured"] == 0.8
+    assert found.budget == GOAL, "the plan is for what was asked"
+
+
+def test_of_slow_plans_the_fastest_is_taken_with_a_warning(plan: hap.Plan, caplog: pytest.LogCaptureFixture) -> None:
+    ratios = iter([1.5, 1.2, 1.3, 1.4, 1.6])
+    planner = Planner(plan)
+    with caplog.at_level(logging.WARNING):
+        found = by_the_clock(planner, GOAL, lambda _: next(ratios))
+    assert found.options["latency_measured"] == 1.2 and len(planner.limits) == TRIES
+    assert "1.20 of the dense one's time; the goal was 0.80" in caplog.text
+
+
+def test_where_no_faster_plan_can_be_had_it_ends(plan: hap.Plan) -> None:
+    planner = Planner(plan, lowest=0.5)
+    found = by_the_clock(planner, GOAL, lambda plan: 2 * share(plan.small, plan.dense))
+    assert planner.limits == [0.8] and found.options["latency_measured"] == 1.6
+    with pytest.raises(hap.HapError, match="cannot be reached"):
+        by_the_clock(planner, Budget(params=0.6, latency=0.4), lambda _: 1.0)
+
+
+def test_the_clock_times_the_plan_s_model(plan: hap.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def measured(models: dict[str, nn.Module], args: object, kwargs: object, **_: object) -> object:
+        seen.extend(sum(p.numel() for p in model.parameters()) for model in models.values())
+        return real(models, args, kwargs, runs=5)
+
+    real = hap.planning.measure_latency
+    monkeypatch.setattr("hap.pipeline.clock.measure_latency", measured)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert clock(model, (torch.rand(2, 6),), {})(plan) > 0
+    assert seen == [plan.dense.params, plan.small.params]
