@@ -27,7 +27,7 @@ def demo(
         done = run(
             model,
             data,
-            hap.Budget(params=keep_params),
+            hap.Budget(params=keep_params, latency=1.0),
             out,
             training=Training(epochs=8),
             overwrite=True,

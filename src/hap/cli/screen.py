@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sized
 from typing import TypeVar
 
@@ -78,24 +79,33 @@ class Bars:
 def show(run: Run) -> None:
     """Prints what was done, the before/after table and where everything lies."""
     plan = run.result.plan
-    pruned = sum(len(d.prune) for d in plan.decisions.values())
-    units = pruned + sum(len(d.keep) for d in plan.decisions.values())
+    gone, there = Counter[str](), Counter[str]()
+    for family in plan.structure.families:
+        gone[family.kind] += len(plan.decisions[family.name].prune)
+        there[family.kind] += family.size
+    pruned = ", ".join(f"{gone[kind]} of {there[kind]} {kind}s" for kind in there)
     implanted = sum(len(i.indices) for i in plan.filters.values())
     narrow = sum(len(i.indices) for _, i in plan.narrowed.values())
     error = run.result.verification.max_relative_error
     heads = f", {narrow} heads made narrow" if narrow else ""
-    console.print(f"{pruned} of {units} units pruned, {implanted} filters implanted{heads} ({plan.criterion})")
+    console.print(f"pruned: {pruned}; {implanted} filters implanted{heads} ({plan.criterion})")
     console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
     for number, found in enumerate(run.rounds, start=1):
         which = f"round {number}: " if len(run.rounds) > 1 else ""
         known = run.predicts_loss and found.predicted is not None
-        predicted = f"predicted {found.predicted:.3f}, " if known else ""
-        console.print(f"{which}rise of the loss by the cut: {predicted}measured {found.rise:.3f}")
+        predicted = f"predicted {found.predicted:.3g}, " if known else ""
+        console.print(f"{which}rise of the loss by the cut: {predicted}measured {found.rise:.3g}, before any recovery")
     if run.as_cut.accuracy is not None:
         chosen = run.history.chosen
         kept = f"epoch {chosen} of {len(run.history.epochs)}" if run.history.epochs else "no fine-tuning"
         console.print(f"validation accuracy before fine-tuning: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
     console.print(rich_table(run.comparison))
+    console.print("latency small vs dense: the median of paired runs, which other work on the machine disturbs less")
+    if plan.budget.latency is not None and plan.options.get("latency_measured", 0) > 1.05 * plan.budget.latency:
+        console.print(
+            f"the goal of {plan.budget.latency:.2f} of the latency was missed: give a smaller --keep-latency, or make "
+            "implants dense again where that is faster: hap.merge(small, faster_on=inputs)"
+        )
     if run.targets:
         made = Table("target", "", "reached", "difference", "source")
         for target in run.targets:

@@ -14,7 +14,7 @@ from hap.planning import measure_latency
 
 
 def merge(
-    model: nn.Module, *, faster_on: tuple[Any, ...] | None = None, runs: int = 50, seconds: float = 1.0
+    model: nn.Module, *, faster_on: torch.Tensor | tuple[Any, ...] | None = None, runs: int = 50, seconds: float = 1.0
 ) -> nn.Module:
     """A copy in which every implanted layer is one dense layer again that computes the same.
 
@@ -29,16 +29,17 @@ def merge(
     """
     if faster_on is None:
         return _with_merged(model, _implanted(model))
+    given = (faster_on,) if isinstance(faster_on, torch.Tensor) else faster_on
     small = copied(model)
     layers = _implanted(small)
-    inputs = _inputs(small, layers.values(), faster_on)
+    inputs = _inputs(small, layers.values(), given)
     called = [name for name, layer in layers.items() if layer in inputs]
     slow = [n for n in called if _ratio(layers[n], _merged(layers[n]), (inputs[layers[n]],), runs, seconds) < 1]
     some = _with_merged(model, slow)
     if len(slow) == len(called):
         return some
     every = _with_merged(model, called)
-    return every if _ratio(some, every, faster_on, runs, seconds) < 1 else some
+    return every if _ratio(some, every, given, runs, seconds) < 1 else some
 
 
 def _implanted(model: nn.Module) -> dict[str, Implanted]:
