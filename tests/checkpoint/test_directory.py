@@ -16,7 +16,7 @@ def there(tmp_path: Path) -> Path:
     """A directory with a file, alone in its parent."""
     directory = tmp_path / "out"
     directory.mkdir()
-    (directory / "old").write_text("old")
+    (directory / "plan.json").write_text("old")
     return directory
 
 
@@ -45,7 +45,7 @@ def test_a_full_one_is_refused(there) -> None:
     with pytest.raises(HapError, match="exists already"), fresh_directory(there):
         entered = True
     assert not entered
-    assert contents(there.parent) == {"out/old": "old"}
+    assert contents(there.parent) == {"out/plan.json": "old"}
 
 
 def test_a_file_is_refused_even_with_overwrite(tmp_path) -> None:
@@ -58,7 +58,7 @@ def test_a_file_is_refused_even_with_overwrite(tmp_path) -> None:
 def test_overwrite_replaces_all_of_it(there) -> None:
     with fresh_directory(there, overwrite=True) as staging:
         (staging / "new").write_text("new")
-        assert contents(there) == {"old": "old"}
+        assert contents(there) == {"plan.json": "old"}
     assert contents(there.parent) == {"out/new": "new"}
     assert os.listdir(there.parent) == ["out"]
 
@@ -68,7 +68,7 @@ def test_an_error_inside_leaves_the_old_one(there, error) -> None:
     with pytest.raises(error), fresh_directory(there, overwrite=True) as staging:
         (staging / "new").write_text("half of it")
         raise error
-    assert contents(there) == {"old": "old"}
+    assert contents(there) == {"plan.json": "old"}
     assert os.listdir(there.parent) == ["out"]
 
 
@@ -100,7 +100,7 @@ def test_an_error_while_the_two_change_places(there, monkeypatch, error, when, m
     ):
         (staging / "new").write_text("new")
     done = (when, move) == ("after", 2)
-    assert contents(there) == ({"new": "new"} if done else {"old": "old"})
+    assert contents(there) == ({"new": "new"} if done else {"plan.json": "old"})
     assert os.listdir(there.parent) == ["out"]
 
 
@@ -115,7 +115,7 @@ def test_a_full_disk_says_so(there) -> None:
         "No space left on device",
         "free some space, or choose another disk",
     )
-    assert contents(there.parent) == {"out/old": "old"}
+    assert contents(there.parent) == {"out/plan.json": "old"}
 
 
 def test_a_parent_that_is_a_file_says_so(tmp_path) -> None:
@@ -157,3 +157,10 @@ def test_refuse_existing(there, tmp_path) -> None:
     refuse_existing(there, True)
     with pytest.raises(HapError, match="exists already"):
         refuse_existing(there, False)
+
+
+def test_only_what_hap_has_written_is_replaced(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(HapError, match="was not written by hap"), fresh_directory(tmp_path, overwrite=True):
+        pass
+    assert contents(tmp_path) == {"thesis.tex": "mine"}

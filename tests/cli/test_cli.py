@@ -170,7 +170,10 @@ def test_an_existing_directory_needs_overwrite(tmp_path: Path, weights: Path) ->
     (tmp_path / "old.txt").write_text("old")
     code, text = digits(tmp_path, weights, "--keep-params", "0.5", "--epochs", "0")
     assert code == 2 and "--overwrite" in text
+    code, text = digits(tmp_path, weights, "--keep-params", "0.5", "--epochs", "0", "--overwrite")
+    assert code == 2 and "was not written by hap" in text
     assert (tmp_path / "old.txt").read_text() == "old"
+    (tmp_path / "plan.json").write_text("{}")
     code, text = digits(tmp_path, weights, "--keep-params", "0.5", "--epochs", "0", "--overwrite")
     assert code == 0, text
     assert not (tmp_path / "old.txt").exists() and (tmp_path / "plan.json").exists()

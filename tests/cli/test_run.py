@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from hap.cli import app
+from hap.errors import HapError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 
@@ -43,6 +45,34 @@ def test_texts_without_a_directory(tmp_path: Path) -> None:
 def test_a_rival_without_a_report(tmp_path: Path) -> None:
     text = refused(CONFIGS / "glue-mrpc-roberta.yaml", "--out", tmp_path / "run", "--against", tmp_path)
     assert "report.json gives no accuracy" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "budget", "message"), [("glue/rte", 0.4, "data glue/mrpc"), ("glue/mrpc", 0.6, "'heads': 0.4")]
+)
+def test_a_rival_of_another_kind(tmp_path: Path, data: str, budget: float, message: str) -> None:
+    options = {
+        "recipe": {"data": {"name": data}},
+        "budget": {"params": None, "macs": None, "latency": None, "heads": budget},
+    }
+    report = {"comparison": {"accuracy": {"small": 0.8}}, "options": options}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    text = refused(CONFIGS / "glue-mrpc-roberta.yaml", "--out", tmp_path / "run", "--against", tmp_path)
+    assert "is no rival" in text and message in text
+
+
+def test_weights_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: dict[str, object] = {}
+
+    def open_job(*_: object, **options: object) -> None:
+        opened.update(options)
+        raise HapError("enough")
+
+    monkeypatch.setattr("hap.cli.run.open_job", open_job)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    setting = ("--set", "dense.weights=~/x.safetensors", "--device", "cpu")
+    assert "enough" in refused(CONFIGS / "cifar10-resnet56.yaml", "--out", tmp_path / "run", *setting)
+    assert opened["weights"] == tmp_path / "x.safetensors"
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -200,3 +200,36 @@ def test_padding_does_not_count() -> None:
     first, second = (head_options(model, structure, [((inputs, lengths), torch.zeros(16))]) for inputs in (x, other))
     assert list(first) == [""]
     assert all(torch.allclose(a.undone, b.undone) for a, b in zip(first[""], second[""], strict=True))
+
+
+class Nested(Attention):
+    """Calls another attention module before or after its own heads attend."""
+
+    def __init__(self, *, before: bool) -> None:
+        super().__init__()
+        self.cross, self.before = Attention(), before
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.cross(x)) if self.before else self.cross(super().forward(x))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("layers", [None, ["0.q", "0.k", "0.v", "0.o"]])
+def test_attention_that_calls_attention_is_left_alone(before: bool, layers: list[str] | None, batches) -> None:
+    """Whether the inner one is looked at or not, and from the first batch on; the inner one may become narrow."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = nn.Sequential(Nested(before=before), nn.Flatten(), nn.Linear(6 * INPUTS, 3)).double().eval()
+    structure = hap.trace(net, (batches[0][0],))
+    assert set(heads_of(structure)) == {"0", "0.cross"}
+    assert list(head_options(net, structure, batches[:1], layers=layers)) == (["0.cross"] if layers is None else [])
+    with pytest.raises(HapError, match="another attention module|several times"):
+        narrow_heads(net, {"0": (heads_of(structure)["0"], 4)}, batches[:1])
+
+
+def test_a_forward_of_the_instance_is_left_alone(batches) -> None:
+    """It would be called in place of that of the class that sees narrow heads."""
+    net = build()
+    net[0].forward = net[0].forward
+    structure = hap.trace(net, (batches[0][0],))
+    assert list(heads_of(structure)) == ["0"] and not head_options(net, structure, batches)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -154,3 +156,31 @@ def test_a_filter_of_a_form_leaves_nothing_undone(net, data, structure) -> None:
         "pointwise": True,
         "depthwise": True,
     }
+
+
+class Lender(nn.Module):
+    """Lends the weight of one layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent, self.called = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(nn.functional.linear(x, self.lent.weight).relu())
+
+
+def test_layers_that_are_never_called_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = Lender(), torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    structure = hap.trace(net, (x,))
+    assert [layer.module for layer in structure.layers] == ["lent", "called"]
+    with caplog.at_level(logging.INFO, logger="hap.implants.options"):
+        found = options(net, structure, [(x, None)])
+    assert list(found) == ["called"]
+    assert "1 layers that are never called as modules: lent" in caplog.text
+
+
+def test_filters_that_give_a_constant_leave_nothing_undone(net, data, structure) -> None:
+    """What rounding makes of their variance is not looked at."""
+    net.stem.weight.data *= 1e-7
+    net.stem.bias.data[:] = torch.arange(1, 9) / 3
+    assert not any(option.undone.any() for option in options(net, structure, data, layers=["stem"])["stem"])

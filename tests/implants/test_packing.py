@@ -90,3 +90,18 @@ def test_copies_and_pickles() -> None:
 def test_an_attention_that_cannot_be_reached_is_an_error() -> None:
     with pytest.raises(HapError, match="did not call scaled_dot_product_attention"):
         packed(Attention(eager=True), Packing(1, 2))(torch.zeros(2, TOKENS, 6))
+
+
+class Twice(nn.Module):
+    """Attends twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, F.scaled_dot_product_attention(x, x, x), x)
+
+
+def test_a_second_call_is_refused() -> None:
+    """Its heads are not those that became narrow."""
+    net = Twice()
+    net.__class__ = packed_type(Twice, Packing(1, 2))
+    with pytest.raises(HapError, match="several times"):
+        net(draw(2, 3, TOKENS, WIDTH))

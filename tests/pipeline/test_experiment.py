@@ -41,6 +41,19 @@ def test_run_recovers_as_told(model: nn.Module, data: zoo.DataSplits, tmp_path: 
     assert json.loads((tmp_path / "run" / "report.json").read_text())["options"]["recover"] == recover
 
 
+def test_one_count_of_steps_over_all_stages(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    """Weights & Biases drops what comes with a smaller step than before."""
+    told: list[tuple[int, set[str]]] = []
+    options: Any = {"training": Training(epochs=1), "iterations": 2, "implant_ratio": 0.0, "samples": 64}
+    log = lambda values, step: told.append((step, set(values)))  # noqa: E731
+    run(model, data, hap.Budget(params=0.5), tmp_path / "run", log=log, **options)
+    steps, names = [step for step, _ in told], [name for _, name in told]
+    assert steps == sorted(steps) and steps[0] == 0
+    assert steps[-1] == 2 * len(data.train) and "test/accuracy" in names[-1]
+    second = next(step for step, found in told if "round2/validation/loss" in found)
+    assert second == len(data.train)
+
+
 def test_run_refuses_an_existing_directory_before_any_work(
     model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,3 +70,16 @@ def test_damaged_files_are_refused(model: nn.Module, data: zoo.DataSplits, tmp_p
     (tmp_path / "sensitivity.safetensors").write_bytes(b"no")
     with pytest.raises(hap.HapError, match="does not fit this run"):
         prune(model, data, tmp_path)
+
+
+def test_other_data_or_another_loss_is_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    prune(model, data, tmp_path)
+    other = zoo.load_data("digits", batch_size=64, seed=1)
+    with pytest.raises(hap.HapError, match=r"does not fit this run[\s\S]*data "):
+        prune(model, other, tmp_path)
+
+    def own(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return outputs.logsumexp(1).mean()
+
+    with pytest.raises(hap.HapError, match=r"does not fit this run[\s\S]*loss None, as there[\s\S]*own"):
+        hap.prune(model, data.calibration, own, hap.Budget(params=0.5), state=tmp_path, **OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -278,8 +279,54 @@ def test_a_latency_budget_needs_a_table(structure, sensitivity) -> None:
 
 def test_a_model_without_layers_that_run_is_refused(timed) -> None:
     model = nn.Sequential(nn.ReLU())
-    with pytest.raises(HapError, match="no layer of this model could be timed"):
+    with pytest.raises(HapError, match="too little of this model can be timed"):
         time_layers(model, hap.Structure((), (), (), {}, {}), (torch.zeros(1, 2),))
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in transformers, with a weight of shape (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = nn.Parameter(torch.ones(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_model_of_layers_that_cannot_be_timed_is_refused(timed) -> None:
+    """Rather than planned by the few others; where these are most, it is timed."""
+    x = torch.zeros(2, 4)
+    few = nn.Sequential(Conv1D(4, 8), nn.ReLU(), nn.Linear(8, 60))
+    assert list(time_layers(few, hap.trace(few, (x,)), (x,)).layers) == ["2"]
+    timed.clear()
+    most = nn.Sequential(Conv1D(4, 60), nn.ReLU(), nn.Linear(60, 2))
+    with pytest.raises(HapError, match="too little of this model") as error:
+        time_layers(most, hap.trace(most, (x,)), (x,))
+    assert error.value.got == "67% of them in other layers: 0" and not timed
+
+
+def test_the_cache_tells_models_apart_by_memory_format_and_inputs_by_dtype(timed, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.zeros(2, 3, 8, 8)
+    structure = hap.trace(model, (x,))
+    for memory in (torch.contiguous_format, torch.channels_last):
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            timed.clear()
+            time_layers(model.to(memory_format=memory), structure, (given,), cache=tmp_path / "latency.json")
+            assert "dense" in timed
+
+
+def test_what_was_timed_before_an_interruption_is_kept(net, structure, inputs, timed, tmp_path: Path) -> None:
+    def interrupted(layers, *_):
+        yield from itertools.islice(layers, 2)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "latency.json"
+    with pytest.raises(KeyboardInterrupt):
+        time_layers(net, structure, (inputs,), cache=path, progress=interrupted)
+    (times,) = json.loads(path.read_text()).values()
+    assert set(times) == set(timed)
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -86,6 +87,22 @@ def test_the_papers_rule_halves_the_most_sensitive(structure) -> None:
     assert plan.small.heads == 0.5 * plan.dense.heads
 
 
+def by_the_rule(keep: float, ratio: float) -> tuple[list[list[int]], list[list[int]]]:
+    """For each module the heads that become narrow and those that leave: the least n that meets the budget."""
+    order = sorted((score, m, unit) for m, row in enumerate(SCORES) for unit, score in enumerate(row))
+    order = [found for found in order if found[0] < max(SCORES[found[1]])]  # one stays full
+    for n in range(len(order) + 1):
+        narrow, gone = ([[], []] for _ in range(2))
+        for i, (_, module, unit) in enumerate(order[:n]):
+            (gone if i < n - math.ceil(ratio * n) else narrow)[module].append(unit)
+        for module in range(2):
+            if len(narrow[module]) % 2:  # who finds no other to share a place goes
+                gone[module].append(narrow[module].pop(0))
+        if 2 * HEADS - sum(map(len, gone)) - sum(map(len, narrow)) // 2 <= keep * 2 * HEADS:
+            return [sorted(units) for units in narrow], [sorted(units) for units in gone]
+    raise AssertionError
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("keep", [0.85, 0.6, 0.5])
 def test_the_papers_rule_meets_the_budget(structure, keep: float, ratio: float) -> None:
@@ -94,8 +111,11 @@ def test_the_papers_rule_meets_the_budget(structure, keep: float, ratio: float) 
         structure, scores, hap.Budget(heads=keep), implant_ratio=ratio, options=offered(structure, (2, 0.1))
     )
     assert keep - 1 / 12 < plan.small.heads / plan.dense.heads <= keep
-    assert all(len(implant.indices) % 2 == 0 for implant in plan.implants.values())
-    assert bool(plan.implants) == (ratio > 0.5) or 0 < ratio <= 0.5  # who finds no other to share a place goes
+    narrow, gone = by_the_rule(keep, ratio)
+    assert plan.implants == {str(m): Implant(tuple(units), HEAD, 2) for m, units in enumerate(narrow) if units}
+    pruned = [decision.prune for decision in plan.decisions.values()]
+    assert all(set(some) <= set(every) for some, every in zip(pruned, gone, strict=True))  # one may be taken back
+    assert sum(map(len, gone)) - sum(map(len, pruned)) <= 1
 
 
 def exhaustive(structure: hap.Structure, scores: list[list[float]], share: float, keep: float) -> float:
@@ -197,6 +217,22 @@ def test_a_damaged_plan_is_refused(structure) -> None:
         options=offered(structure, (2, 0.0)),
     )
     gone = plan.decisions[structure.families[0].name].prune
-    for bad in (Implant(gone[:1], HEAD, 2), Implant((1, 4), HEAD, 3), Implant((1, 4), HEAD, None)):
+    kept = plan.implants["0"].indices
+    for bad in (
+        Implant(gone[:1], HEAD, 2),
+        Implant(kept, HEAD, 3),
+        Implant(kept, HEAD, None),
+        Implant(kept[::-1], HEAD, 2),
+        Implant((kept[0], *kept), HEAD, 2),
+    ):
         with pytest.raises(HapError, match="this plan is damaged"):
             hap.Plan.from_json(dataclasses.replace(plan, implants={"0": bad}).to_json())
+
+
+def test_heads_that_were_not_measured_stay_full(structure) -> None:
+    """A score of zero that stands for no measurement does not make them free."""
+    (first, second) = structure.families
+    scores = dataclasses.replace(scored(structure, SCORES), skipped={first.name: "its layer is not called"})
+    plan = hap.decide(structure, scores, hap.Budget(heads=0.8), mode="optimal", options=offered(structure, (2, 0.1)))
+    assert list(plan.implants) == ["1"] and not plan.decisions[first.name].prune
+    assert plan.predicted > 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,24 @@ def test_every_row_has_its_two_recipes() -> None:
 def test_recipes_are_valid_and_comparable(row: str) -> None:
     """Ours differs from the published one in the choice and the fine-tuning, not in what is compared."""
     published, ours = (recipes.read(CONFIGS / f"{row}{end}.yaml") for end in ("", "-ours"))
-    for name in ("model", "data", "dense", "budget", "targets", "seed"):
+    images = not published.data.is_text
+    assert ours.budget == (dataclasses.replace(published.budget, latency=1.0) if images else published.budget)
+    for name in ("model", "data", "dense", "targets", "seed"):
         assert getattr(published, name) == getattr(ours, name), name
     assert published.finetune.epochs == ours.finetune.epochs
     assert (published.measure.criterion, published.plan.mode) == ("hessian-trace", "paper")
     assert (published.measure.samples, published.measure.draws) == (512, 300)
     assert (ours.measure.criterion, ours.plan.mode) == ("gate-fisher", "optimal")
     assert published.notes and ours.notes
+
+
+@pytest.mark.parametrize("task", GLUE)
+@pytest.mark.parametrize("end", ["", "-ours"])
+def test_the_rival_in_the_notes_is_a_recipe(task: str, end: str) -> None:
+    path = CONFIGS / f"glue-{task}-roberta{end}.yaml"
+    settings = re.findall(r"(?<=--set )\S+=[\w-]+", recipes.read(path).notes)
+    rival = recipes.read(path, settings)
+    assert rival.measure.criterion == "head-gradient" and rival.implants.ratio == 0
 
 
 @pytest.mark.parametrize("row", [f"cifar10-{name}" for name in CIFAR])
@@ -120,7 +133,7 @@ def test_cifar_recipes_run(recipe: str, cifar_dir: Path, tmp_path: Path, quick_t
     text = invoke(CONFIGS / f"{recipe}.yaml", "--limit", 4, "--data", cifar_dir, "--out", tmp_path / "run")
     name = recipes.read(CONFIGS / f"{recipe}.yaml").model.removeprefix("zoo:")
     report = check(tmp_path / "run", recipe, lambda: zoo.build(name))
-    assert len(report["options"]["dense"]["history"]["epochs"]) == 1
+    assert len(report["options"]["dense_training"]["history"]["epochs"]) == 1
     assert ("94.30 %" in text) == ("preresnet29" in recipe)
 
 
@@ -201,7 +214,8 @@ def test_glue_recipes_run(
     check(tmp_path / "run", recipe, None, kept="heads")
     if recipe != "glue-mrpc-roberta":
         return
-    rival = ("--set", "measure.criterion=head-gradient", "--set", "measure.draws=null", "--set", "implants.ratio=0")
+    rival = re.findall(r"--set|(?<=--set )\S+=[\w-]+", recipes.read(CONFIGS / f"{recipe}.yaml").notes)
+    assert len(rival) == 6
     invoke(*common, *rival, "--out", tmp_path / "rival")
     invoke(*common, "--out", tmp_path / "again", "--against", tmp_path / "rival")
     gain = json.loads((tmp_path / "again" / "report.json").read_text())["targets"][1]

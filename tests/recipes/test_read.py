@@ -70,6 +70,11 @@ def test_the_last_setting_wins(recipe_file: Path) -> None:
         ("implants.ratio=2", r"implants: ratio is out of range"),
         ("seed", r"this sets nothing"),
         ("seed=[", r"the value of seed cannot be read"),
+        ("plan.minimum={[a]: 1}", r"the value of plan.minimum cannot be read"),
+        ("seed=1:30", r"seed has a wrong value"),
+        ("seed=1_000", r"seed has a wrong value"),
+        ("model=hap:run", r"hap:run is pruned already"),
+        ("plan={joint: true, mode: paper}", r"units cannot be chosen together"),
     ],
 )
 def test_what_is_wrong_is_named(recipe_file: Path, setting: str, message: str) -> None:
@@ -82,6 +87,7 @@ def test_what_is_wrong_is_named(recipe_file: Path, setting: str, message: str) -
     [
         ("a: [", "cannot be read"),
         ("a: 1\na: 2", r"cannot be read[\s\S]*'a' is there twice"),
+        ("? [a]\n: 1", "cannot be read"),
         ("- a", "is no recipe"),
         ("!!python/object/apply:os.system [ls]", "cannot be read"),
     ],
@@ -100,6 +106,9 @@ def test_no_file(tmp_path: Path) -> None:
 def test_yaml_is_read_as_of_version_1_2(recipe_file: Path) -> None:
     """``no`` is a text there, and 1e-3 a number; in version 1.1 a truth value, and a text."""
     assert recipes.read(recipe_file, ["title=no"]).title == "no"
+    assert recipes.read(recipe_file, ["title=2020-01-01"]).title == "2020-01-01"
+    for text, seed in {"010": 10, "0o17": 15, "0x1f": 31, "+3": 3}.items():
+        assert recipes.read(recipe_file, [f"seed={text}"]).seed == seed
     for text, value in {"1e-3": 1e-3, "2E4": 2e4, "1.5": 1.5, ".5": 0.5, "-1.e-2": None, "3": 3.0}.items():
         if value is not None:
             assert recipes.read(recipe_file, [f"finetune.lr={text}"]).finetune.lr == value
@@ -117,6 +126,11 @@ def test_limit_scales_all_counts_down(recipe_file: Path) -> None:
 def test_settings_win_over_limit(recipe_file: Path) -> None:
     recipe = recipes.read(recipe_file, ["finetune.epochs=3", "dense.train=null"], limit=8)
     assert recipe.finetune.epochs == 3 and recipe.dense.train is None and recipe.data.limit == 8
+
+
+def test_draws_of_a_criterion_without(recipe_file: Path) -> None:
+    with pytest.raises(HapError, match=r"measure: head-gradient makes no random draws[\s\S]*measure.draws=null"):
+        recipes.read(recipe_file, ["measure.criterion=head-gradient", "measure.draws=3"])
 
 
 def test_limit_out_of_range(recipe_file: Path) -> None:

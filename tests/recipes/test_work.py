@@ -23,13 +23,13 @@ def test_the_same_recipe_goes_on(recipe_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("finetune.lr=0.5", r"finetune.lr 0.01, as there[\s\S]*finetune.lr 0.5"),
+        ("dense.train.lr=0.5", r"dense.train.lr 0.05, as there[\s\S]*dense.train.lr 0.5"),
         ("seed=1", "seed 0, as there"),
         ("dense.train=null", "dense.train"),
-        ("plan.minimum={a: 3}", "plan.minimum"),
+        ("data.limit=100", "data.limit 200, as there"),
     ],
 )
-def test_a_changed_recipe_is_refused(recipe_file: Path, tmp_path: Path, setting: str, message: str) -> None:
+def test_another_dense_model_is_refused(recipe_file: Path, tmp_path: Path, setting: str, message: str) -> None:
     recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
     with pytest.raises(HapError, match=rf"holds the work of another recipe[\s\S]*{message}"):
         recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
@@ -50,17 +50,70 @@ def test_a_damaged_record_is_refused(recipe_file: Path, tmp_path: Path) -> None:
         recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
 
 
-def test_finishing_moves_the_dense_model_and_clears_up(recipe_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    work = recipes.Work.beside(out, recipes.read(recipe_file))
-    out.mkdir()
+@pytest.mark.parametrize("setting", ["finetune.lr=0.5", "plan.minimum={a: 3}", "measure.samples=32"])
+def test_what_follows_the_dense_model_may_change(recipe_file: Path, tmp_path: Path, setting: str) -> None:
+    """The dense model stays, the rounds go; and then the folder is of the recipe as it is now."""
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    for name in ("dense", "round1"):
+        (work.folder / name).mkdir()
+        (work.folder / name / "model.safetensors").write_text("x")
+    work.training.write_text("x")
+    again = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
+    assert again == work
+    assert {path.name for path in work.folder.iterdir()} == {"recipe.json", "dense", "training.safetensors"}
+    (work.folder / "round1").mkdir()
+    recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
+    assert (work.folder / "round1").exists()
+
+
+def test_workers_change_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    (work.folder / "round1").mkdir()
+    recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, ["data.workers=2"]))
+    assert (work.folder / "round1").exists()
+
+
+def test_a_folder_of_the_user_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.work").mkdir()
+    (tmp_path / "run.work" / "mine.txt").write_text("mine")
+    with pytest.raises(HapError, match=r"run.work is in the way"):
+        recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    assert (tmp_path / "run.work" / "mine.txt").read_text() == "mine"
+
+
+def test_finishing_clears_up_and_can_be_killed(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the folder is known as long as there is something in it."""
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
     work.dense.mkdir()
-    (work.dense / "model.safetensors").write_text("x")
-    work.finish(out)
-    assert (out / "dense" / "model.safetensors").exists() and not work.folder.exists()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hap.recipes.work.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work.finish()
+    assert (work.folder / "recipe.json").exists()
+    work.finish()
+    assert not work.folder.exists()
+
+
+def test_a_whole_run_directory_is_known(recipe_file: Path, tmp_path: Path) -> None:
+    """By the moment at which its folder was begun: not one that an earlier run of the recipe has left."""
+    out, recipe = tmp_path / "run", recipes.read(recipe_file)
+    work = recipes.Work.beside(out, recipe)
+    assert not recipes.finished(recipe, out)
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps({"options": {"begun": work.begun - 1}}))
+    assert not recipes.finished(recipe, out) and work.folder.exists()
+    (out / "report.json").write_text(json.dumps({"options": {"begun": work.begun}}))
+    assert not recipes.finished(recipes.read(recipe_file, ["seed=1"]), out) and work.folder.exists()
+    assert recipes.finished(recipe, out) and not work.folder.exists()
 
 
 def test_only_the_first_process_writes(recipe_file: Path, tmp_path: Path) -> None:
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file), first=False)
     assert not work.folder.exists()
-    work.finish(tmp_path / "run")
+    work.finish()

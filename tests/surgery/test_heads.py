@@ -294,3 +294,38 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch) -> None:
         hap.apply_(model, plan, [inputs])
     assert [type(module) for module in model.modules()] == types
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_refit_comes_closer(name: str) -> None:
+    """Whatever layout the batches have, and whatever linear layers the model."""
+    model, inputs, structure = traced(name)
+    plan = dataclasses.replace(planned(structure, (), lost=(1,)), implants={})
+    small = hap.apply(model, plan)
+    error = (outputs(small, inputs) - outputs(model, inputs)).square().mean()
+    hap.refit_(small, model, plan, [inputs])
+    assert (outputs(small, inputs) - outputs(model, inputs)).square().mean() < 0.9 * error
+
+
+def test_a_lone_narrow_head_at_the_end() -> None:
+    """No tensor shrinks, and its place is half empty."""
+    model, inputs, structure = traced("bert")
+    plan = planned(structure, (3,))
+    assert hap.verify(model, hap.apply(model, plan, [inputs]), plan, (), inputs).ok
+    pruned = dataclasses.replace(planned(structure, (), lost=(3,)), implants={})
+    started, without = hap.apply(model, plan, init="zeros"), hap.apply(model, pruned)
+    assert torch.allclose(outputs(started, inputs), outputs(without, inputs), atol=1e-5)
+
+
+def test_a_forward_of_the_instance_is_refused() -> None:
+    """It bypasses the class that sees narrow heads; accelerate's hooks are such."""
+    model, inputs = bert()
+    plan = planned(hap.trace(model, (), inputs), (0, 2))
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.forward = attention.forward
+    before, kind = copy.deepcopy(model.state_dict()), type(attention)
+    for init, batches in (("zeros", None), ("least-squares", [inputs])):
+        with pytest.raises(HapError, match="the instance has a forward of its own"):
+            hap.apply_(model, plan, batches, init=init)
+    assert type(attention) is kind
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))

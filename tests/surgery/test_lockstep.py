@@ -6,12 +6,14 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import hap
+from hap.surgery import lockstep
 from hap.surgery.lockstep import Pass, in_lockstep, thread_state
 
 HERE = thread_state(torch.device("cpu"))
@@ -135,3 +137,34 @@ def test_threads_work_in_the_state_of_their_owner() -> None:
             state = thread_state(torch.device("cpu"))
         assert not Pass(Looking(), batch(1), "input", state).advance()
         assert seen.pop() == (inference, False, torch.float16, enabled)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="threads are counted where Linux lists them")
+def test_threads_of_the_cpu_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP starts a pool in each pass; without a bound here 96 threads beside the 32 passes."""
+
+    def running() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:"))
+        return int(line.split()[1])
+
+    monkeypatch.setattr(lockstep, "THREADS", 32)
+    before = torch.get_num_threads()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).requires_grad_(False)
+    data, found = [(torch.ones(1 << 13, 16), None) for _ in range(16)], []
+    try:
+        torch.set_num_threads(4)
+        model(data[0][0])
+        start = running()
+        state = thread_state(torch.device("cpu"), passes=2 * len(data))
+        places = {"0": model[0], "2": model[2]}
+        for _, pairs in in_lockstep(model, model, places, places, data, state):
+            list(pairs)
+            found.append(running() - start)
+        assert 16 <= max(found) <= 32 + 32
+        left = []
+        thread = threading.Thread(target=lambda: left.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert left == [4] and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -154,7 +154,7 @@ def test_each_model_runs_over_the_data_once(setting) -> None:
     for name, module in (("small", small), ("dense", model)):
         module.register_forward_pre_hook(lambda _, args, name=name: calls.update({name: len(args[0])}))
     hap.refit_(small, model, plan, data)
-    assert calls == {"small": 32 + 1, "dense": 32}  # the one example shows the order of the calls
+    assert calls == {"small": 32 + 16, "dense": 32}  # the first batch shows how often layers are called
 
 
 class Awkward(nn.Module):
@@ -194,6 +194,16 @@ def test_layers_whose_moments_do_not_fit_stay_as_they_are(setting) -> None:
     hap.refit_(small, model, plan, data, memory=8 * 6 * (6 + 3))  # of `head`, and of nothing with 3 x 3 kernels
     changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"head.weight", "head.bias"}
+
+
+def test_a_refit_of_nothing_is_a_warning(setting, caplog: pytest.LogCaptureFixture) -> None:
+    model, data, plan = setting
+    hap.refit_(hap.apply(model, plan), model, plan, data)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    hap.refit_(hap.apply(model, plan), model, plan, data, memory=0)
+    assert [r.getMessage()[:32] for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "refit: 4 layers stay as they are"
+    ]
 
 
 def test_autocast_is_of_the_models_and_not_of_the_sums(setting) -> None:

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import hap
-from hap.training.devices import Share
+from hap.training.devices import Accelerated, Share
+from hap.training.objective import Objective
 
 accelerate = pytest.importorskip("accelerate")
 SOURCE = Path(hap.__file__).parents[1]
@@ -58,6 +59,52 @@ def test_mixed_precision_is_taken_off_again(worker: ModuleType, accelerator) -> 
     assert model(batches[0][0]).dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert "forward" not in vars(model) or "_original_forward" not in vars(model)
+
+
+def test_an_accelerator_that_accumulates_by_itself_is_refused(worker: ModuleType, accelerator) -> None:
+    """It would divide the loss once more."""
+    model, batches = worker.build(), worker.data(3, 6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dividing = accelerator(gradient_accumulation_steps=4)
+    with pytest.raises(hap.HapError, match="accumulates gradients by itself") as caught:
+        hap.finetune(model, batches, accelerator=dividing)
+    assert "accumulate=4" in caught.value.remedy
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert hap.evaluate(model, batches, accelerator=dividing) == hap.evaluate(model, batches)
+
+
+def test_the_accelerator_keeps_what_it_had(worker: ModuleType, accelerator) -> None:
+    """It holds each optimizer that it has prepared, and with it the moments."""
+    ours = accelerator()
+    mine, _ = ours.prepare(torch.nn.Linear(2, 2), torch.optim.SGD(worker.build().parameters()))
+    held = [*ours._models, *ours._optimizers]
+    for _ in range(2):
+        hap.finetune(worker.build(), worker.data(3, 6), accelerator=ours)
+    with pytest.raises(hap.HapError, match="not a scalar"):
+        hap.finetune(worker.build(), worker.data(3, 6), lambda outputs, batch: outputs, accelerator=ours)
+    assert mine in ours._models
+    assert list(map(id, [*ours._models, *ours._optimizers])) == list(map(id, held))
+
+
+def test_parameters_without_a_gradient_are_named_as_the_cause() -> None:
+    class Waiting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+
+    for precision in ("no", "bf16"):
+        stub = SimpleNamespace(mixed_precision=precision, process_index=0, num_processes=2)
+        with pytest.raises(hap.HapError, match="had no part in the loss") as caught:
+            Accelerated(stub).forward(Waiting(), (torch.ones(1), None))
+        assert "find_unused_parameters=True" in caught.value.remedy
+
+
+def test_the_teacher_is_where_the_accelerator_will_put_the_student(worker: ModuleType, accelerator) -> None:
+    place = Accelerated(accelerator()).device(torch.nn.Linear(1, 1, device="meta"))
+    assert place == torch.device("cpu")
+    student, teacher = worker.build(), worker.build().to("meta")
+    Objective(None, distill=hap.Distillation(teacher)).check(student, torch.device("meta"))
+    with pytest.raises(hap.HapError, match="the teacher is on another device"):
+        Objective(None, distill=hap.Distillation(teacher)).check(student, place)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6])

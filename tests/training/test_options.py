@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hap.errors import HapError
+from hap.pipeline import Training
 from hap.training import finetune
 from hap.training.layout import wants_channels_last
 
@@ -62,9 +63,17 @@ def test_a_model_that_came_in_channels_last_stays_so() -> None:
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("options", [finetune, Training])
+def test_another_order_in_memory_is_refused(options: Any) -> None:
+    given = {} if options is Training else {"model": network(), "train_batches": batches()}
+    with pytest.raises(HapError, match="unknown order in memory channels_last 'last'"):
+        options(**given, channels_last="last")
+
+
 def test_auto_wants_it_for_convolutions_on_a_gpu() -> None:
-    assert not wants_channels_last(network(), "auto")
-    assert wants_channels_last(network(), True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not wants_channels_last(network(), "auto", cpu) and wants_channels_last(network(), "auto", gpu)
+    assert wants_channels_last(network(), True, cpu)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import hap
 from hap.batches import default_loss
 from hap.errors import HapError
 from hap.training import Distillation, History, finetune
+from hap.training.devices import Alone
+from hap.training.loop import Loop, make_optimizer
 from hap.training.saved import Saved
+from hap.training.state import unpack_
 
 SOURCE = Path(hap.__file__).parents[1]
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -129,6 +134,79 @@ def test_data_with_a_generator_or_a_state_of_their_own_go_on_as_well(tmp_path: P
             finetune(second, make(), stopping(8), state=tmp_path / name, save_every=0, **OPTIONS)
         finetune(third, make(), plain, state=tmp_path / name, **OPTIONS)
         assert same(first, third), name
+
+
+@pytest.mark.parametrize("after", [6, 8])  # between two epochs, and in the middle of one
+@pytest.mark.parametrize("place", ["sampler", "batch_sampler", "batches"])
+def test_a_generator_of_the_sampler_goes_on_as_well(tmp_path: Path, place: str, after: int) -> None:
+    def loader() -> DataLoader[Any]:
+        drawn = torch.Generator().manual_seed(7)
+        if place == "batches":
+            ready = [images()[at : at + 4] for at in range(0, 22, 4)]
+            return DataLoader(ready, batch_size=None, sampler=RandomSampler(ready, generator=drawn))
+        order = RandomSampler(images(), generator=drawn)
+        if place == "sampler":
+            return DataLoader(images(), batch_size=4, sampler=order)
+        return DataLoader(images(), batch_sampler=BatchSampler(order, 4, drop_last=False))
+
+    whole, again = network(), network()
+    finetune(whole, loader(), plain, **OPTIONS)
+    interrupted(tmp_path / "state", after, loader())
+    finetune(again, loader(), plain, state=tmp_path / "state", **OPTIONS)
+    assert same(whole, again)
+
+
+def test_another_order_is_refused_between_two_epochs_as_well(tmp_path: Path) -> None:
+    """Data with random numbers of their own, which nobody can ask for their state."""
+
+    class Order(RandomSampler):
+        def __init__(self) -> None:
+            super().__init__(images())
+            self.hidden = torch.Generator().manual_seed(7)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(torch.randperm(22, generator=self.hidden).tolist())
+
+    interrupted(tmp_path / "state", 6, DataLoader(images(), batch_size=4, sampler=Order()))
+    with pytest.raises(HapError, match="does not fit this run") as caught:
+        finetune(
+            network(), DataLoader(images(), batch_size=4, sampler=Order()), plain, state=tmp_path / "state", **OPTIONS
+        )
+    assert "same batches" in caught.value.expected
+
+
+def test_losses_are_taken_back_to_the_models_device(tmp_path: Path) -> None:
+    """As a file holds them they are on the CPU; the next loss is on the model's device, here ``meta``."""
+    interrupted(tmp_path / "state", 8, shuffled())
+    with safe_open(tmp_path / "state", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        about = json.loads(file.metadata()["about"])
+    model = network().to("meta")
+    optimizer = make_optimizer("sgd", model, lr=0.1, momentum=0.9, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda tick: 1.0)
+    nobody: Any = None
+    loop = Loop(model, shuffled(), plain, optimizer, scheduler, None, None, 1, Alone(), nobody)
+    at, _ = unpack_(tensors, about, model, loop)
+    losses, sizes = at.meter.state()
+    assert losses.device.type == "meta" and len(sizes) == 2
+
+
+def test_validation_without_a_length(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(images())
+
+    def validation() -> DataLoader[Any]:
+        return DataLoader(Stream(), batch_size=4)
+
+    whole, again = network(), network()
+    finetune(whole, shuffled(), plain, validation=validation(), **OPTIONS)
+    interrupted(tmp_path / "state", 8, shuffled(), validation=validation())
+    with pytest.raises(HapError, match="does not fit") as caught:
+        finetune(network(), shuffled(), plain, state=tmp_path / "state", **OPTIONS)
+    assert "validation unknown" in caught.value.expected
+    finetune(again, shuffled(), plain, validation=validation(), state=tmp_path / "state", **OPTIONS)
+    assert same(whole, again)
 
 
 def test_data_without_a_length_go_on_as_well(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from hap.errors import HapError, unwritable
 
+RECORDS = ("plan.json", "finetune.json", "report.json")  # one of them is in every directory that hap writes
+
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
-    """Raises a HapError if `directory` exists and may not be replaced, or is no directory."""
+    """Raises a HapError if `directory` exists and may not be replaced, or is no directory that hap has written."""
     if directory.exists() and not directory.is_dir():
         raise HapError(f"{directory} is a file", expected="the path of a directory", remedy="choose another path")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
@@ -20,6 +22,13 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
             f"{directory} exists already",
             expected="a new or empty directory",
             remedy="choose another path, or pass --overwrite (overwrite=True)",
+        )
+    ours = any((directory / name).exists() for name in RECORDS)
+    if overwrite and not ours and directory.exists() and any(directory.iterdir()):
+        raise HapError(
+            f"{directory} was not written by hap",
+            expected=f"with overwrite a directory that holds {', '.join(RECORDS[:-1])} or {RECORDS[-1]}",
+            remedy="choose another path, or remove it yourself",
         )
 
 

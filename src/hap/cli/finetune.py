@@ -14,6 +14,7 @@ from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job
 from hap.cli.screen import Bars, console
 from hap.errors import HapError
+from hap.pipeline.together import is_first
 from hap.pretrained import is_pretrained, save_dense
 from hap.report import write_json
 from hap.types import silent
@@ -79,7 +80,7 @@ def finetune(
         taught = hap.Distillation(known, distill, temperature)
     if checkpointing:
         _checkpoint_gradients(trained)
-    first = launch.first(accelerator)
+    first = is_first()
     options: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,

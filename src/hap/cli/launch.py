@@ -11,30 +11,38 @@ from typing import Any
 
 import torch
 
-from hap.errors import missing, unknown
+from hap.errors import HapError, missing, unknown
 from hap.types import Log
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch.distributed starts from
+HALF = ("bf16", "fp16")
 
 
 def accelerator(device: torch.device) -> Any:
     """Accelerate's, where ``torchrun`` or ``accelerate launch`` has started several processes; else None.
 
+    One process that ``accelerate launch`` was given mixed precision for needs it too.
+
     Raises:
-        HapError: the package is not installed.
+        HapError: the package is not installed, or no launcher has started the several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in HALF:
         return None
+    lacking = [name for name in LAUNCHER if several and name not in os.environ]
+    if lacking:
+        raise HapError(
+            "WORLD_SIZE speaks of several processes, but no launcher has started this one",
+            expected=f"{', '.join(LAUNCHER)}, which launchers set",
+            got=f"no {', '.join(lacking)}",
+            remedy="torchrun --nproc-per-node N -m hap ..., or unset WORLD_SIZE for one process",
+        )
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise missing("several processes need", "accelerate", "text", error) from error
     return Accelerator(cpu=device.type == "cpu")
-
-
-def first(accelerator: Any) -> bool:
-    """Whether this is the first process, or the only one."""
-    return accelerator is None or accelerator.is_main_process
 
 
 @contextmanager
@@ -56,10 +64,12 @@ def tracking(name: str | None, out: Path, settings: Mapping[str, Any]) -> Iterat
         return
     try:
         importlib.import_module(name)
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     except ImportError as error:
         package = (error.name or name).partition(".")[0]
         raise missing(f"--log-to {name} needs", package, "log", error) from error
+    PartialState()  # the trackers ask it who logs
     kind, logs = LOGGER_TYPE_TO_CLASS[name], out.absolute().parent / "logs"
     if name == "tensorboard":
         tracker = kind(out.name, logs)

@@ -13,6 +13,7 @@ from hap.cli.jobs import open_job
 from hap.cli.screen import Bars, show
 from hap.errors import HapError
 from hap.pipeline import Training, run
+from hap.pipeline.together import is_first
 from hap.types import Budget, silent
 
 Name = Annotated[str, typer.Option(help=f"{sources.SPECS}.")]
@@ -40,8 +41,8 @@ def prune(
     keep_latency: Annotated[
         float | None,
         typer.Option(
-            help="Fraction of the latency that may remain, by layer times measured here; default: 1 where mode optimal "
-            "may implant, so that no implant makes the model slower than it was."
+            help="Fraction of the latency that may remain, as measured here; default: 1 where mode optimal may "
+            "implant, so that no implant makes the model slower than it was."
         ),
     ] = None,
     any_latency: Annotated[
@@ -149,7 +150,7 @@ def prune(
     }
     accelerator = launch.accelerator(sources.device(device))
     target = sources.device(device) if accelerator is None else accelerator.device
-    first = launch.first(accelerator)
+    first = is_first()
     with launch.tracking(log, out, {"model": model, "data": data, "task": task}) as numbers, Bars() as bars:
         job = open_job(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job
 from hap.cli.screen import Bars, console, show
 from hap.errors import HapError
+from hap.pipeline.together import by_the_first, is_first
 from hap.types import silent
 from hap.zoo.data import ENVIRONMENT
 
@@ -52,12 +54,16 @@ def run(
     given = {"data.directory": data, "seed": seed}
     more = [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in given.items() if v is not None]
     what = recipes.read(recipe, [*(settings or ()), *more], limit=limit)
-    rival = _accuracy(against) if against is not None else None
+    rival = _accuracy(against, what) if against is not None else None
     place = out or Path("runs") / recipe.stem
-    refuse_existing(place, overwrite)
     accelerator = launch.accelerator(sources.device(device))
+    if by_the_first(lambda: recipes.finished(what, place)):
+        if is_first():
+            console.print(f"{place} is whole; what a kill had left beside it is removed", soft_wrap=True)
+        return
+    refuse_existing(place, overwrite)
     where = sources.device(device) if accelerator is None else accelerator.device
-    first = launch.first(accelerator)
+    first = is_first()
     with launch.tracking(log, place, {"recipe": str(recipe)}) as numbers, Bars() as bars:
         job = _open(what, where)
         done = recipes.execute(
@@ -91,7 +97,7 @@ def _open(recipe: recipes.Recipe, device: torch.device) -> Job:
     if data.is_text:
         return open_job(recipe.model, str(_texts(data)), task=data.name, **options)
     spec = data.name if data.directory is None else f"{data.name}:{data.directory}"
-    weights = Path(recipe.dense.weights) if recipe.dense.weights else None
+    weights = Path(recipe.dense.weights).expanduser() if recipe.dense.weights else None
     return open_job(recipe.model, spec, weights=weights, device=device, **options)
 
 
@@ -110,12 +116,22 @@ def _texts(data: recipes.Data) -> Path:
     return inside if inside.is_dir() else root
 
 
-def _accuracy(directory: Path) -> float:
-    """The small model's, in the report of another run."""
+def _accuracy(directory: Path, recipe: recipes.Recipe) -> float:
+    """The small model's, in the report of another run on the same data, to the same budget."""
     path = directory / "report.json"
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["comparison"]["accuracy"]["small"])
+        report = json.loads(path.read_text(encoding="utf-8"))
+        found, options = float(report["comparison"]["accuracy"]["small"]), dict(report["options"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HapError(
             f"{path} gives no accuracy", expected="the report.json of a run", got=f"{type(error).__name__}: {error}"
         ) from error
+    data = options["recipe"]["data"]["name"] if "recipe" in options else options.get("task") or options.get("data")
+    here = {"data": recipe.data.name, "budget": dataclasses.asdict(recipe.budget)}
+    there = {"data": str(data).partition(":")[0], "budget": options.get("budget")}
+    for name, value in here.items():
+        if there[name] != value:
+            raise HapError(
+                f"{directory} is no rival", expected=f"a run with {name} {value}", got=f"{name} {there[name]}"
+            )
+    return found

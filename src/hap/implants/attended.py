@@ -50,8 +50,8 @@ def watch(model: nn.Module, sites: Mapping[str, Heads], batches: Iterable[Batch]
 
     Returns:
         The modules whose heads cannot become narrow, each with the reason: something other than linear layers stands
-        before or after the attention call, or the call is not ``scaled_dot_product_attention``. Not all of their
-        calls are visited.
+        before or after the attention call, the call is not ``scaled_dot_product_attention``, or there are several, as
+        where one attention module calls another. Not all of their calls are visited.
     """
     with evaluating(model), opened(model), torch.no_grad():
         found = {name: _Site(heads) for name, heads in sites.items()}
@@ -72,6 +72,7 @@ class _Site:
     heads: Heads
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     call: tuple[torch.Tensor, ...] | None = None
+    calls: int = 0  # since the module was entered
     how: tuple[torch.Tensor | None, bool, float] = (None, False, 1.0)
     places: dict[Part, Place] = field(default_factory=dict)
     visited: bool = False
@@ -136,7 +137,8 @@ def _attended(
 ) -> None:
     if site.problem is not None:
         return
-    if site.call is not None:
+    site.calls += 1
+    if site.calls > 1 or site.call is not None:
         site.problem = "it calls scaled_dot_product_attention several times"
     if any(x.ndim < 3 or x.shape[-3] != site.heads.family.size for x in (query, key, value)):
         site.problem = "queries and keys have not one head for each unit"
@@ -180,7 +182,15 @@ def _hooked(model: nn.Module, sites: Mapping[str, _Site]) -> Iterator[list[_Site
     active: list[_Site] = []
 
     def enter(site: _Site) -> Callable[..., None]:
-        return lambda *_: active.append(site)
+        def hook(module: nn.Module, _: Any) -> None:
+            if active and active[-1].problem is None:
+                active[-1].problem = "it calls another attention module"
+            if "forward" in vars(module):  # a class with another `forward` would not be heard
+                site.problem = "the instance has a forward of its own"
+            site.calls = 0
+            active.append(site)
+
+        return hook
 
     def leave(*_: Any) -> None:
         active.pop()

@@ -10,7 +10,7 @@ from torch import nn
 from hap.implants.form import Factors, Form, Shapes, register
 from hap.implants.geometry import Geometry
 from hap.implants.moments import Moments
-from hap.implants.regression import RISE, cholesky, descended, solved
+from hap.implants.regression import DECAY, RISE, cholesky, descended, solved
 from hap.types import Layer
 
 SWEEPS = 10  # of alternating least squares; at most
@@ -48,14 +48,15 @@ class Depthwise(Form):
         channels = len(xx) // taps
         blocks, targets = xx.reshape(channels, taps, channels, taps), xy.reshape(channels, taps, -1)
         free = moments.solution()[0].T.reshape(targets.shape)
-        kernels = _alone(blocks, free, _copies(geometry.kernel, rank))
+        kernels = _unit(_alone(blocks, free, _copies(geometry.kernel, rank)))
         mixture, explained = _mixture(kernels, blocks, targets)
         for _ in range(SWEEPS):
-            kernels = _kernels(kernels, mixture, blocks, targets)
-            kernels = kernels / kernels.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-            before = explained
-            mixture, explained = _mixture(kernels, blocks, targets)
-            if explained < (1 + RISE) * before:
+            moved = _unit(_kernels(kernels, mixture, blocks, targets))
+            found, energy = _mixture(moved, blocks, targets)
+            gain = energy - explained
+            if gain > 0:  # not so where rounding is all that is left
+                kernels, mixture, explained = moved, found, energy
+            if not gain > RISE * explained:
                 break
         mixture = mixture.mT.flatten(1)  # all channels of one kernel, then of the next
         ones = [1] * len(geometry.kernel)
@@ -110,9 +111,14 @@ def _alone(blocks: torch.Tensor, free: torch.Tensor, rank: int) -> torch.Tensor:
     """
     own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (channels, taps, taps)
     values, vectors = torch.linalg.eigh(own)
-    scale = values.clamp_min(1e-12 * values.amax()).sqrt()[:, None]
+    scale = values.clamp_min(max(1e-12 * float(values.amax()), 1e-200)).sqrt()[:, None]
     leading = torch.linalg.svd((vectors * scale).mT @ free).U[:, :, :rank]
     return ((vectors / scale) @ leading).mT
+
+
+def _unit(kernels: torch.Tensor) -> torch.Tensor:
+    """Of length 1, but for zeros."""
+    return kernels / kernels.norm(dim=-1, keepdim=True).clamp_min(1e-200)
 
 
 def _mixture(kernels: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -121,7 +127,7 @@ def _mixture(kernels: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor)
     half = torch.einsum("cmt,ctds->cmds", kernels, blocks)
     gram = torch.einsum("cmds,dns->cmdn", half, kernels).reshape(channels * rank, -1)
     right = torch.einsum("cmt,cto->cmo", kernels, targets).flatten(0, 1)
-    mixture = solved(gram, right)
+    mixture = solved(gram, right, DECAY)
     return mixture.T.reshape(-1, channels, rank), float((mixture * right).sum())
 
 

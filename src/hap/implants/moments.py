@@ -7,6 +7,8 @@ from functools import cached_property
 
 import torch
 
+from hap.implants.regression import ROUNDING, definite
+
 RIDGE = 1e-6  # of the mean input energy: decides for the dense weights where inputs are dead or doubled
 
 
@@ -22,6 +24,7 @@ class Moments:
         yy: ``E y^2``, (G, rows).
         x: ``E x``, (G, inputs).
         y: ``E y``, (G, rows).
+        factor: the Cholesky factor of xx, where it is known.
     """
 
     xx: torch.Tensor
@@ -29,6 +32,7 @@ class Moments:
     yy: torch.Tensor
     x: torch.Tensor
     y: torch.Tensor
+    factor: torch.Tensor | None = None
 
     @staticmethod
     def white(weight: torch.Tensor) -> Moments:
@@ -52,9 +56,10 @@ class Moments:
     def pulled(self, weight: torch.Tensor, ridge: float = RIDGE) -> Moments:
         """As if filters `weight` read a little white noise besides, `ridge` of the mean input energy.
 
-        The least squares of these moments have the term ``ridge |W - weight|^2``.
+        The least squares of these moments have the term ``ridge |W - weight|^2``. Where the moments are indefinite,
+        by rounding, the noise is as large as makes them definite: what is lost in rounding, the data leave open.
         """
-        energy = ridge * self.xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+        factor, energy = definite(self.xx, ridge)
         noise = Moments.white(weight)
         return Moments(
             self.xx + energy[:, None, None] * noise.xx,
@@ -62,6 +67,7 @@ class Moments:
             self.yy + energy[:, None] * noise.yy,
             self.x,
             self.y,
+            factor,
         )
 
     def at(self, inputs: slice) -> Moments:
@@ -73,12 +79,13 @@ class Moments:
         return Moments(self.xx, self.xy[:, :, rows], self.yy[:, rows], self.x, self.y[:, rows])
 
     def solution(self) -> torch.Tensor:
-        """The filters of ordinary least squares: (G, rows, inputs)."""
+        """The filters of ordinary least squares: (G, rows, inputs). Where xx is not definite, it is made so."""
         return self._solution
 
     @cached_property
     def _solution(self) -> torch.Tensor:
-        return torch.linalg.solve(self.xx, self.xy).mT
+        factor = definite(self.xx, ROUNDING)[0] if self.factor is None else self.factor
+        return torch.cholesky_solve(self.xy, factor).mT
 
     def bias(self, weight: torch.Tensor) -> torch.Tensor:
         """The best biases of filters ``(G, rows, inputs)``, one group's after the other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -46,11 +47,23 @@ def dense_layer(model: nn.Module, name: str) -> Dense:
 
 
 def observe(
-    model: nn.Module, readings: Mapping[str, Reading], batches: Iterable[Batch], *, memory: int = MEMORY
+    model: nn.Module,
+    readings: Mapping[str, Reading],
+    batches: Iterable[Batch],
+    *,
+    memory: int = MEMORY,
+    uncalled: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[str, Moments]]:
     """The moments of each layer (by module name), in one pass over the data if `memory` bytes hold all sums.
 
     If not, the layers take turns: each turn is a pass. All calls of a layer count. No activation is kept.
+
+    Args:
+        model: is run in evaluation mode.
+        readings: what to watch, by layer.
+        batches: the data.
+        memory: bytes of moments held at a time.
+        uncalled: what becomes of a layer that the model never calls: an error, or nothing.
 
     Raises:
         HapError: a layer's inputs or outputs are not finite, or it is never called.
@@ -63,7 +76,9 @@ def observe(
             for batch in batches:
                 forward(model, batch)
         for name in names:
-            yield name, sums.pop(name).moments()
+            found = sums.pop(name)
+            if found.count or uncalled == "raise":
+                yield name, found.moments()
 
 
 def _turns(model: nn.Module, readings: Mapping[str, Reading], memory: int) -> list[list[str]]:

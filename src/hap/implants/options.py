@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,10 @@ from hap.implants.geometry import Dense, Geometry
 from hap.implants.moments import Moments
 from hap.implants.observe import MEMORY, Reading, dense_layer, observe
 from hap.types import Layer, Progress, Structure, silent
+
+log = logging.getLogger(__name__)
+
+ROUNDING = 1e-12  # of a filter's energy: a variance below it is a constant output, and what rounding made of it
 
 _TYPES = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 
@@ -51,7 +56,8 @@ def options(
     """For each layer (by module name), the forms that apply and cost less, and what each leaves undone.
 
     Second moments of all layers are summed in one pass over the data where `memory` holds them; else the layers take
-    turns, a pass each. A layer that does not fit alone is offered only what reads its centre taps.
+    turns, a pass each. A layer that does not fit alone is offered only what reads its centre taps. Layers that are not
+    called as modules, but lend their weights, are left out (and are logged).
 
     Args:
         model: the dense model; left as it is.
@@ -84,10 +90,13 @@ def options(
                 centre = all(form.centre for form, _ in found)
                 readings[layer.module] = Reading(range(layer.filters), range(columns), centre)
     data = progress(take(batches, samples, device_of(model)), "fitting every form", None)
-    return {
+    fitted = {
         name: tuple(_fitted(dense_layer(model, name), readings[name], found, choices[name]))
-        for name, found in observe(model, readings, data, memory=memory)
+        for name, found in observe(model, readings, data, memory=memory, uncalled="skip")
     }
+    if left := [name for name in readings if name not in fitted]:
+        log.info("no implants for %d layers that are never called as modules: %s", len(left), ", ".join(left))
+    return fitted
 
 
 def _held(model: nn.Module, structure: Structure) -> set[str]:
@@ -128,5 +137,5 @@ def _fitted(
         moments, pulled = seen[form.centre]
         factors = form.fit(pulled, geometry, rank)
         missed = moments.error(flat(form.dense(factors, geometry, rank), geometry, groups, centre=form.centre))
-        undone = torch.where(about.yy > 0, missed / about.yy, 0.0).clamp(0, 1)
+        undone = torch.where(about.yy > ROUNDING * found.yy, missed / about.yy, 0.0).clamp(0, 1)
         yield Option(form.name, rank, undone.flatten())

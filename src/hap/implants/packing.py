@@ -76,7 +76,7 @@ def _blank(base: type[nn.Module], packing: Packing) -> nn.Module:
 
 
 class _Unpacking(TorchFunctionMode):
-    """While it is active, attention calls see narrow heads.
+    """While it is active, the attention call sees narrow heads. A second one is refused: it has heads of its own.
 
     Attributes:
         seen: whether there was any call.
@@ -89,6 +89,12 @@ class _Unpacking(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            if self.seen:
+                raise HapError(
+                    "a module with narrow heads calls scaled_dot_product_attention several times",
+                    expected="one call, of the heads that became narrow",
+                    remedy="protect the module whose attention calls another attention module",
+                )
             self.seen = True
             return attend(self.packing, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

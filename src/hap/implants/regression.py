@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from hap.errors import HapError
+
 SWEEPS = 3  # of alternating least squares, at most; from a good start, more gain less than a hundredth
 STEPS = 3  # of conjugate gradients, in a sweep
 RISE = 1e-3  # of the energy explained: a sweep that gains less is the last
 DECAY = 1e-10  # of a system's mean diagonal: factors have a common scale that nothing fixes
-
+ROUNDING = 1e-14  # of it: what sums in float64 lose
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -88,10 +90,12 @@ def projected(
     first, last, explained = _regressed(shared, xx, xy, rank)
     for _ in range(SWEEPS):
         whole = torch.tensordot(last, first, dims=1)
-        shared = torch.linalg.qr(_projections(shared, whole, xx, xy, one).T).Q.T  # the span is what counts
-        before = explained
-        first, last, explained = _regressed(shared, xx, xy, rank)
-        if explained < (1 + RISE) * before:
+        moved = torch.linalg.qr(_projections(shared, whole, xx, xy, one).T).Q.T  # the span is what counts
+        *found, energy = _regressed(moved, xx, xy, rank)
+        gain = energy - explained
+        if gain > 0:  # not so where rounding is all that is left
+            shared, (first, last), explained = moved, found, energy
+        if not gain > RISE * explained:
             break
     return shared, first, last
 
@@ -104,7 +108,7 @@ def _regressed(
     half = torch.tensordot(shared, xx, dims=1)  # (p, t, g, t)
     gram = torch.tensordot(half, shared, dims=([2], [1])).movedim(-1, 2).reshape(count * taps, -1)
     right = torch.tensordot(shared, xy, dims=1).flatten(0, 1)
-    first, last = reduced(torch.linalg.solve(gram, right).T, right, rank)
+    first, last = reduced(solved(gram, right).T, right, rank)
     return first.reshape(-1, count, taps), last, float(((last @ first) * right.T).sum())
 
 
@@ -134,20 +138,59 @@ def _projections(
     return descended(start, right, system, conditioned, STEPS)
 
 
-def solved(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The solution of a positive semidefinite system."""
-    return torch.cholesky_solve(right, cholesky(system))
+def solved(system: torch.Tensor, right: torch.Tensor, decay: float = ROUNDING) -> torch.Tensor:
+    """The solution x of a positive semidefinite system, made definite where it is not; see `definite`.
+
+    Even if it is indefinite, ``2 x'right - x'system x`` is at least 0: zeros explain no more.
+    """
+    return torch.cholesky_solve(right, definite(system, decay)[0])
 
 
 def cholesky(system: torch.Tensor) -> torch.Tensor:
-    """The Cholesky factor of positive semidefinite matrices, (..., n, n), singular ones too.
+    """The Cholesky factor of positive semidefinite matrices, (..., n, n), singular ones too; see `definite`."""
+    return definite(system, DECAY)[0]
 
-    Where moments of few or very unlike inputs are indefinite by rounding, more is added to the diagonal.
+
+def definite(system: torch.Tensor, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds to the diagonal of symmetric matrices what makes them positive definite.
+
+    Moments of few or very unlike inputs are indefinite by rounding: where `decay` is not enough, ten times as much is
+    tried, until it is; twice that is added, so that nothing is left next to singular.
+
+    Args:
+        system: the matrices, ``(..., n, n)``.
+        decay: the least to add, relative to the mean diagonal; to 1 where all is zero.
+
+    Returns:
+        The Cholesky factors of the sums, and what was added to each diagonal, ``(...)``.
+
+    Raises:
+        HapError: the matrices are not finite.
     """
-    unit = system.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[..., None, None]
-    eye = torch.eye(system.shape[-1]).to(system)
-    for decay in (DECAY, 1e-8, 1e-6):
-        factor, failed = torch.linalg.cholesky_ex(system + decay * unit * eye)
+    largest = torch.linalg.vector_norm(system, torch.inf, dim=(-2, -1))
+    unit = system.diagonal(dim1=-2, dim2=-1).mean(-1).maximum(1e-16 * largest)
+    unit = torch.where(unit > 1e-200, unit, 1.0)
+    least = enough = decay * unit
+    for power in range(40):  # diagonally dominant long before
+        factor, failed = _factored(system, enough)
         if not failed.any():
-            return factor
-    return torch.linalg.cholesky(system + 1e-4 * unit * eye)
+            break
+        enough = torch.where(failed > 0, 10.0 ** (power + 1) * max(decay, ROUNDING) * unit, enough)
+    else:
+        raise HapError(
+            "an implant cannot be fitted: second moments are not finite",
+            expected="finite weights and activations",
+            remedy="check inputs and weights for NaN or overflow",
+        )
+    if power == 0:
+        return factor, least
+    added = torch.where(enough > least, 2 * enough, least)
+    return _factored(system, added)[0], added
+
+
+def _factored(system: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Cholesky factors with this added to each diagonal, and of which matrices there is none (not 0)."""
+    whole = system.clone()
+    whole.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    factor, failed = torch.linalg.cholesky_ex(whole)
+    return factor, failed

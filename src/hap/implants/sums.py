@@ -1,4 +1,7 @@
-"""Sums second moments over batches, a piece at a time, so that no more than the sums stay in memory."""
+"""Sums second moments over batches, a piece at a time, so that no more than the sums stay in memory.
+
+The sums are about the means of the first piece: about zero, inputs that hardly vary would be lost in rounding.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ class Sums:
         zeros = torch.zeros(len(found), width, width, dtype=torch.float64, device=device)
         self.xx, self.xy = zeros, zeros.new_zeros(len(found), width, len(rows) // len(found))
         self.yy = zeros.new_zeros(self.xy[:, 0].shape)
+        self.about: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds inputs ``(N, inputs, *spatial)`` and outputs ``(N, filters, *positions)`` (linear: features last)."""
@@ -64,8 +68,11 @@ class Sums:
         n, groups, taps = len(views), len(self.groups), views.shape[2]
         u = views.reshape(n, self.geometry.groups, -1, taps, views[0, 0, 0].numel())
         u = u[:, self.groups][:, :, self.columns].permute(1, 2, 3, 0, 4).flatten(1, 2).flatten(2)
-        u = torch.cat([u, u.new_ones(groups, 1, u.shape[2])], dim=1)
         v = y[:, self.rows].reshape(n, groups, self.xy.shape[2], -1).permute(1, 2, 0, 3).flatten(2)
+        if self.about is None:
+            self.about = u.mean(-1), v.mean(-1)
+        u, v = (t - mean[..., None] for t, mean in zip((u, v), self.about, strict=True))
+        u = torch.cat([u, u.new_ones(groups, 1, u.shape[2])], dim=1)
         self.xx += (u @ u.mT).double()
         self.xy += (u @ v.mT).double()
         self.yy += v.double().square().sum(-1)
@@ -77,7 +84,7 @@ class Sums:
         Raises:
             HapError: nothing was added, or what was is not finite.
         """
-        if not self.count:
+        if self.about is None:
             raise HapError(f"{self.name} is not called", expected="a layer that every forward pass calls")
         if not all(t.isfinite().all() for t in (self.xx, self.xy, self.yy)):
             raise HapError(
@@ -86,4 +93,11 @@ class Sums:
                 remedy="check inputs and weights for NaN or overflow",
             )
         xx, xy, yy = (total / self.count for total in (self.xx, self.xy, self.yy))
-        return Moments(xx[:, :-1, :-1], xy[:, :-1], yy, xx[:, -1, :-1], xy[:, -1])
+        dx, dy = xx[:, -1, :-1], xy[:, -1]
+        x, y = (mean.double() + more for mean, more in zip(self.about, (dx, dy), strict=True))
+
+        def moved(found: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:  # to those about 0
+            return torch.baddbmm(found, torch.stack([x, -dx], dim=-1), torch.stack([after, before], dim=-2))
+
+        xx, xy = moved(xx[:, :-1, :-1], dx, x), moved(xy[:, :-1], dy, y)
+        return Moments(xx, xy, yy - dy.square() + y.square(), x, y)

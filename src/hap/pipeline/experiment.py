@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import itertools
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from hap.errors import unknown
 from hap.pipeline.record import BATCH, Round, Run, compare, write_run
 from hap.pipeline.rounds import in_rounds, repeatable
 from hap.pipeline.stages import Result, prune, step
+from hap.pipeline.steps import Steps
 from hap.pipeline.together import by_the_first, is_first
 from hap.pipeline.training import Training
 from hap.planning import Latency, measure_latency
@@ -50,6 +52,9 @@ def run(
     overwrite: bool = False,
     seed: int = 0,
     work: Path | None = None,
+    save_every: float = 60.0,
+    parts: Mapping[str, Path] | None = None,
+    spent: Mapping[str, float] | None = None,
     options: dict[str, Any] | None = None,
     log: Log | None = None,
     progress: Progress = silent,
@@ -81,6 +86,9 @@ def run(
         seed: of everything drawn at random.
         work: a folder that exists, for what a run that is killed goes on from when it is started again with the same
             arguments, with the same result; the caller removes it. None keeps nothing.
+        save_every: seconds between two saves of the fine-tuning's state there.
+        parts: directories that are copied into the run directory, by the name that they have there.
+        spent: seconds of stages that came before, for the record.
         options: for the record in ``report.json``: how the model and the data were chosen.
         log: takes losses and learning rates while training, see `hap.finetune`; at the end the seconds of each stage
             and the test results.
@@ -92,8 +100,9 @@ def run(
         raise unknown("recovery", recover, get_args(Recover))
     refuse_existing(out, overwrite)
     settings = repeatable(settings)
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = dict(spent or {})
 
+    steps = None if log is None else Steps(log)
     rounds_done = itertools.count(1)
 
     def assessed(found: nn.Module, split: Split, **more: Any) -> Evaluation:
@@ -117,7 +126,8 @@ def run(
                 accelerator=accelerator,
                 seed=seed,
                 state=None if work is None else folder(number) / "finetune.safetensors",
-                log=log if log is None or iterations == 1 else _named(log, f"round{number}/"),
+                save_every=save_every,
+                log=None if steps is None else steps.stage("" if iterations == 1 else f"round{number}/"),
                 progress=progress,
                 **training.options(model),
             )
@@ -151,15 +161,19 @@ def run(
     )
     done = Run(result, comparison, rounds, latency, out, seconds, found)
     record = {**(options or {}), "seed": seed, "recover": recover, "training": dataclasses.asdict(training)}
-    by_the_first(lambda: _write(done, model, tokenizer, record, overwrite))
-    if log is not None and is_first():
-        log(_summary(done, after), sum(len(found.history.epochs) for found in rounds))
+    by_the_first(lambda: _write(done, model, tokenizer, record, parts or {}, overwrite))
+    if steps is not None and is_first():
+        steps.stage()(_summary(done, after), 0)
     return done
 
 
-def _write(done: Run, model: nn.Module, tokenizer: Any, record: dict[str, Any], overwrite: bool) -> None:
+def _write(
+    done: Run, model: nn.Module, tokenizer: Any, record: dict[str, Any], parts: Mapping[str, Path], overwrite: bool
+) -> None:
     with fresh_directory(done.directory, overwrite=overwrite) as staging:
         write_run(done, model, staging, tokenizer, record)
+        for name, source in parts.items():
+            shutil.copytree(source, staging / name)
 
 
 def _from_epoch(train: Split, epochs: int) -> Split:
@@ -167,10 +181,6 @@ def _from_epoch(train: Split, epochs: int) -> Split:
     found = copy.copy(train)
     found.load_state_dict({"epochs": epochs})
     return found
-
-
-def _named(log: Log, prefix: str) -> Log:
-    return lambda values, step: log({f"{prefix}{name}": value for name, value in values.items()}, step)
 
 
 def _summary(done: Run, after: Evaluation) -> dict[str, float]:

@@ -11,14 +11,15 @@ from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
-from torch import distributed as dist
 
 from hap.errors import HapError, unwritable
+from hap.pipeline.together import by_the_first, is_first
 from hap.planning import Plan
 from hap.types import Sensitivity
 
 log = logging.getLogger(__name__)
 SENSITIVITY, PLAN = "sensitivity.safetensors", "plan.json"
+DIGESTS = ("data", "weights")
 TENSORS = ("scores", "stderr", "filters", "filters_stderr")
 
 Chosen = tuple[Sensitivity, Plan]
@@ -38,12 +39,12 @@ def once(folder: Path, run: Mapping[str, str], choose: Callable[[], Chosen]) -> 
     Raises:
         HapError: the files in the folder are damaged, or of another `run`.
     """
-    if (folder / PLAN).exists():
+    if by_the_first((folder / PLAN).exists):  # of all: one alone would leave the others waiting for it
         found = _read(folder, run)
         log.info("going on with the plan in %s", folder)
         return found
     sensitivity, plan = choose()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         _write(folder, run, sensitivity, plan)
     return sensitivity, plan
 
@@ -77,7 +78,7 @@ def _read(folder: Path, run: Mapping[str, str]) -> Chosen:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise _refused(folder, f"{PLAN} and {SENSITIVITY} as prune left them", str(error)) from error
-    for name in sorted({*there, *run}):
+    for name in sorted({*there, *run}, key=lambda name: (name in DIGESTS, name)):  # a setting says more than a hash
         if there.get(name) != run.get(name):
             raise _refused(folder, f"{name} {there.get(name)}, as there", str(run.get(name)))
     parts: dict[str, Any] = {kind: {} for kind in TENSORS}

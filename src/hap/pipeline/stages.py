@@ -10,9 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from hap.batches import Batch, Loss, arguments, device_of, resized, take
+from hap.batches import Batch, Loss, arguments, device_of, digest, resized, take
 from hap.curvature import CRITERIA, Criterion, measure
-from hap.curvature.saved import digest
 from hap.errors import HapError
 from hap.implants import Option, head_options, options
 from hap.pipeline.clock import by_the_clock, clock
@@ -156,8 +155,13 @@ def prune(
         known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
         measured = {"criterion": known, "samples": samples, "draws": draws, "seed": seed, "ignore": ignore}
         settings = {**choice, **measured, "budget": budget, "of": of, "latency_batch": latency_batch}
+        settings["loss"] = None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
         weights = digest([*model.parameters(), *model.buffers()])
-        run = {"weights": weights, **{name: str(value) for name, value in settings.items()}}
+        run = {
+            "weights": weights,
+            "data": digest(dict(enumerate(data))),
+            **{name: str(value) for name, value in settings.items()},
+        }
         sensitivity, plan = once(Path(state), run, choose)
     plan = by_the_first(lambda: plan)
     small = apply(model, plan, data, samples=fit, progress=progress)

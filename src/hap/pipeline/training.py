@@ -11,6 +11,7 @@ from torch import nn
 from hap.errors import HapError
 from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Schedule
 from hap.training.checks import check_names, check_numbers
+from hap.training.layout import CHOICES
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Training:
             ("optimizer", self.optimizer, get_args(Optimizer)),
             ("schedule", self.schedule, get_args(Schedule)),
             ("precision", self.precision, get_args(Precision)),
+            ("order in memory channels_last", str(self.channels_last), CHOICES),
         )
         numbers = "epochs", "momentum", "weight_decay", "warmup", "ema", "clip", "accumulate", "label_smoothing"
         given = {name: getattr(self, name) for name in (*numbers, "distill", "temperature")}

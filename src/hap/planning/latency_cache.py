@@ -50,15 +50,17 @@ class LatencyCache:
         """
         if self.path is None or not self._new:
             return
+        new, self._new = self._new, {}
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             found = _read(self.path)
-            found[self.device] = found.get(self.device, {}) | self._new
+            found[self.device] = found.get(self.device, {}) | new
             part.write_text(json.dumps(found, indent=0, sort_keys=True), encoding="utf-8")
             part.replace(self.path)
         except (OSError, HapError) as error:
             log.warning("the measured times are not kept for the next run: %s", error)
+            self.path = None  # says so once
 
 
 def describe(device: torch.device) -> str:

@@ -63,7 +63,7 @@ def key(module: Dense, what: tuple[Any, ...], call: Call) -> str:
     settings: list[Any] = [type(module).__name__, *what, module.bias is not None]
     if isinstance(module, _ConvNd):
         settings += [module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode]
-        settings += [list(call.x.shape[:1]), list(call.x.shape[2:]), _last(call.x)]
+        settings += [list(call.x.shape[:1]), list(call.x.shape[2:]), channels_last(call.x)]
     else:
         settings += [list(call.x.shape[:-1])]
     return json.dumps([*settings, str(module.weight.dtype)])
@@ -113,7 +113,7 @@ def _timed(new: nn.Module, inputs: int, module: Dense, call: Call) -> Timed:
     new = new.to_empty(device=module.weight.device)
     for parameter in new.parameters():
         nn.init.constant_(parameter, VALUE)
-    if _last(call.x):
+    if channels_last(call.x):
         new = new.to(memory_format=torch.channels_last)
     return Timed(new, (_tensor(call.x, Geometry.of(module).channel_axis, inputs, module.weight),))
 
@@ -122,10 +122,10 @@ def _tensor(like: torch.Tensor, axis: int, channels: int, weight: torch.Tensor) 
     """A tensor with so many channels in the same memory format."""
     shape = list(like.shape)
     shape[axis] = channels
-    memory = torch.channels_last if _last(like) else torch.contiguous_format
+    memory = torch.channels_last if channels_last(like) else torch.contiguous_format
     return torch.full(shape, VALUE, dtype=weight.dtype, device=weight.device).contiguous(memory_format=memory)
 
 
-def _last(x: torch.Tensor) -> bool:
+def channels_last(x: torch.Tensor) -> bool:
     """Whether the channels come last in memory."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

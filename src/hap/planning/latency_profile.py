@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from hap.implants import Dense, Option
 from hap.planning.candidates import block, implantable
 from hap.planning.latency import measure_latency
 from hap.planning.latency_cache import LatencyCache
-from hap.planning.latency_parts import Call, Timed, Widths, after, implant, join, key, narrow
+from hap.planning.latency_parts import Call, Timed, Widths, after, channels_last, implant, join, key, narrow
 from hap.planning.latency_table import Grid, LatencyTable, Way
 from hap.planning.rule import POINTWISE
 from hap.types import Layer, Progress, Structure, silent
@@ -52,15 +53,17 @@ def time_layers(
         implants: for each layer (by module) the forms and ranks that its filters may be given (see `ways`); they
             are timed too.
         cache: a JSON file that keeps times by device, number of threads, version of PyTorch and the layer's geometry;
-            what it holds is not measured again.
+            what it holds is not measured again. It is written after each layer.
         progress: shows the layers.
 
     Raises:
-        HapError: the model cannot read the inputs, or the cache is not one.
+        HapError: the model cannot read the inputs, the cache is not one, or most multiplications are of layers that
+            cannot be timed alone: they are no convolutions or linear layers of PyTorch, or not called as modules.
     """
     device = device_of(model)
     kept = LatencyCache(cache, device)
     calls = _calls(model, structure, args, dict(kwargs or {}))
+    _check(structure, calls)
     layers: dict[str, Grid] = {}
     forms: dict[str, dict[Way, Grid]] = {}
     joins: dict[str, Grid] = {}
@@ -77,20 +80,15 @@ def time_layers(
         if timed and ways:
             forms[layer.module] = {way: _sum([t.implant(way) for t in timed]) for way in ways}
             joins[layer.module] = _sum([t.join() for t in timed])
+        kept.write()
     whole = sum(grid.milliseconds[-1][-1] for grid in layers.values())
-    name = json.dumps(["model", structure.fingerprint, *(list(t.shape) for t in _tensors((args, kwargs)))])
+    inputs = [(list(t.shape), str(t.dtype), channels_last(t)) for t in _tensors((args, kwargs))]
+    name = json.dumps(["model", structure.fingerprint, any(map(channels_last, model.parameters())), *inputs])
     dense = kept.get(name)
     if dense is None:
         dense = measure_latency({"dense": Timed(model, args, dict(kwargs or {}))}, (), runs=30)["dense"].least
         kept.put(name, dense)
-    if not whole:
-        raise HapError(
-            "no layer of this model could be timed",
-            expected="convolutions or linear layers that run on the inputs",
-            got=f"{len(structure.layers)} layers, none of which is called as a module",
-            remedy="give a budget of params or macs",
-        )
-    kept.write()
+        kept.write()
     return LatencyTable(
         kept.device, min(dense / whole, 1.0), layers, forms, joins, _spread(max(dense - whole, 0.0), afters)
     )
@@ -103,6 +101,21 @@ def ways(
     if mode == "paper":
         return {layer.module: ((POINTWISE, None),) for layer in implantable(structure)}
     return {name: tuple((option.form, option.rank) for option in found) for name, found in options.items()}
+
+
+def _check(structure: Structure, calls: Mapping[str, Sequence[Call]]) -> None:
+    """Raises a HapError if what can be timed is not most of the model."""
+    macs = {x.module: x.positions * prod(structure.tensors[x.weight].shape) for x in structure.layers}
+    untimed = [name for name in macs if macs[name] and name not in calls]
+    share = sum(macs[name] for name in untimed) / max(1, sum(macs.values()))
+    if not calls or share > 1 / 2:
+        more = f" and {len(untimed) - 5} more" if len(untimed) > 5 else ""
+        raise HapError(
+            "too little of this model can be timed layer by layer",
+            expected="convolutions or linear layers of torch.nn that run as modules, with most of the multiplications",
+            got=f"{share:.0%} of them in other layers: {', '.join(untimed[:5])}{more}" if untimed else "no such layer",
+            remedy="leave latency out of the budget (for the command line: --any-latency)",
+        )
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

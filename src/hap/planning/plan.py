@@ -33,7 +33,7 @@ class Implant:
     """The filters of one layer, or the heads of one attention module, that get a smaller replacement.
 
     Attributes:
-        indices: positions among the *dense* layer's filters, or the module's heads; none of them is pruned.
+        indices: positions among the *dense* layer's filters, or the module's heads, ascending; none of them is pruned.
         form: name of the replacement, see `hap.implants`; ``head`` for narrow heads.
         rank: rank of the replacement, for forms that have one.
     """
@@ -164,6 +164,9 @@ def _plan(data: dict[str, Any]) -> Plan:
 def _check(plan: Plan) -> None:
     """Raises a ValueError or KeyError if the plan could not be replayed on its own structure."""
     structure, lost = plan.structure, set()
+    for module, implant in plan.implants.items():
+        if list(implant.indices) != sorted(set(implant.indices)):
+            raise ValueError(f"the implants of {module!r} are not in ascending order, each once")
     for family in structure.families:
         decision = plan.decisions[family.name]
         if sorted((*decision.keep, *decision.prune)) != list(range(family.size)):

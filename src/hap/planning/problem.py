@@ -136,7 +136,7 @@ def problem(
         bounds.round_to,
         (
             *_implantables(structure, sensitivity, bounds, options, start),
-            *_narrowable(structure, bounds, options, np.maximum(score, 0.0), start),
+            *_narrowable(structure, sensitivity, bounds, options, np.maximum(score, 0.0), start),
         ),
     )
 
@@ -194,6 +194,7 @@ def _implantables(
 
 def _narrowable(
     structure: Structure,
+    sensitivity: Sensitivity,
     bounds: Constraints,
     options: Mapping[str, Sequence[Option]],
     score: np.ndarray,
@@ -207,6 +208,8 @@ def _narrowable(
     for module, heads in heads_of(structure).items():
         usable = tuple(option for option in options.get(module, ()) if option.form == HEAD)
         if not usable or {layer.module for layer in heads.projections} & bounds.protected or bounds.round_to > 1:
+            continue
+        if heads.family.name in sensitivity.skipped:  # not measured: their score of zero says nothing
             continue
         owner = first[heads.family.name] + np.arange(heads.family.size)
         rise = np.stack([score[owner] * _undone(option, module, heads.family.size) for option in usable])

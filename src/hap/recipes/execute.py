@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 import time
@@ -19,8 +18,11 @@ from hap.batches import device_of
 from hap.checkpoint import fresh_directory, refuse_existing
 from hap.errors import unwritable
 from hap.pipeline import Run, run
+from hap.pipeline.steps import Steps
+from hap.pipeline.together import is_first
+from hap.recipes.beforehand import check
 from hap.recipes.recipe import Recipe
-from hap.recipes.work import Work, as_data
+from hap.recipes.work import DENSE, Work, as_data
 from hap.report import write_json
 from hap.training import finetune
 from hap.types import Log, Progress, silent
@@ -40,6 +42,7 @@ def execute(
     rival: float | None = None,
     overwrite: bool = False,
     accelerator: Any = None,
+    save_every: float = 60.0,
     log: Log | None = None,
     progress: Progress = silent,
 ) -> Run:
@@ -47,7 +50,7 @@ def execute(
 
     What is done is kept in a folder beside `out`, ``OUT.work``: a run that was killed goes on from there when it is
     started again with the same arguments, with the same result. At the end the folder is removed, and a dense
-    model that was trained lies in ``OUT/dense``.
+    model that was trained lies in ``OUT/dense``. What changes after a dense training keeps the dense model.
 
     Args:
         recipe: what to do.
@@ -58,19 +61,21 @@ def execute(
         rival: the accuracy of another small model, for a target of kind ``gain``.
         overwrite: replace `out` if it exists.
         accelerator: see `hap.finetune`; where there are several processes, each calls this with the same arguments.
+        save_every: seconds between two saves of a training's state.
         log: takes losses and learning rates while training; see `hap.pipeline.run`.
         progress: shows how far it is.
 
     Raises:
-        HapError: `out` exists, the folder beside it is of another recipe, or a stage fails.
+        HapError: `out` exists, the folder beside it is of another dense model, the recipe does not fit the model, or a
+            stage fails.
     """
     out = Path(out).absolute()
     refuse_existing(out, overwrite)
-    work = Work.beside(out, recipe, first=accelerator is None or accelerator.is_main_process)
+    work = Work.beside(out, recipe, first=is_first())
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    dense = _train_(recipe, model, data, work, tokenizer, accelerator, log, progress)
-    plan = {field.name: getattr(recipe.plan, field.name) for field in dataclasses.fields(recipe.plan)}
+    steps = None if log is None else Steps(log)
+    dense = _train_(recipe, model, data, work, tokenizer, accelerator, save_every, steps, progress)
     done = run(
         model,
         data,
@@ -82,19 +87,27 @@ def execute(
         overwrite=overwrite,
         seed=recipe.seed,
         work=work.folder,
+        save_every=save_every,
+        parts={} if dense is None else {DENSE: work.dense},
+        spent={} if dense is None else {"dense": dense["seconds"]},
         targets=recipe.targets,
         rival=rival,
         accelerator=accelerator,
-        options={"recipe": as_data(recipe), "dense": dense},
-        log=log,
+        options={
+            "model": recipe.model,
+            "recipe": as_data(recipe),
+            "dense_training": dense,
+            "begun": work.begun,
+        },
+        log=None if steps is None else steps.stage(),
         progress=progress,
-        **plan,
-        **{field.name: getattr(recipe.measure, field.name) for field in dataclasses.fields(recipe.measure)},
+        **vars(recipe.plan),
+        **vars(recipe.measure),
         implant_ratio=recipe.implants.ratio,
     )
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    work.finish(out)
+    work.finish()
     return done
 
 
@@ -105,7 +118,8 @@ def _train_(
     work: Work,
     tokenizer: Any,
     accelerator: Any,
-    log: Log | None,
+    save_every: float,
+    steps: Steps | None,
     progress: Progress,
 ) -> dict[str, Any] | None:
     """Trains the dense model, or loads it where that has been done; returns how it went, if it was trained."""
@@ -113,6 +127,7 @@ def _train_(
     if training is None:
         return None
     if not work.dense.exists():
+        check(recipe, model, data)
         start = time.perf_counter()
         train = copy.copy(data.train)  # one of its own: that this one was read must not change the order of the other
         train.batch_size = recipe.dense.batch_size or train.batch_size
@@ -122,8 +137,9 @@ def _train_(
             validation=data.validation,
             seed=recipe.seed,
             state=work.training,
+            save_every=save_every,
             accelerator=accelerator,
-            log=None if log is None else lambda values, step: log({f"dense/{k}": v for k, v in values.items()}, step),
+            log=None if steps is None else steps.stage("dense/"),
             progress=progress,
             **training.options(),
         )

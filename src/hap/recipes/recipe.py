@@ -91,6 +91,13 @@ class Measure:
         if not isinstance(self.samples, str):
             _at_least("samples", self.samples, 1)
         _at_least("draws", self.draws, 1)
+        if self.draws is not None and not CRITERIA[self.criterion].default_draws:
+            raise HapError(
+                f"{self.criterion} makes no random draws",
+                expected="draws: null",
+                got=str(self.draws),
+                remedy="--set measure.draws=null, or choose another criterion",
+            )
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,18 @@ class Recipe:
         source, _, name = self.model.partition(":")
         if source == "zoo" and name not in MODELS:
             raise unknown("model", name, MODELS)
+        if source == "hap":
+            raise HapError(
+                f"{self.model} is pruned already",
+                expected="the dense model",
+                remedy="prune the dense model to the whole budget",
+            )
+        if self.plan.joint is True and (self.plan.mode == "paper" or not CRITERIA[self.measure.criterion].has_gram):
+            raise HapError(
+                "units cannot be chosen together",
+                expected="plan.joint: auto or false",
+                got=f"true with mode {self.plan.mode} and criterion {self.measure.criterion}",
+            )
         if self.data.is_text and source != "hf":
             raise HapError(f"{self.data.name} needs a model of texts", expected="model: hf:PATH", got=self.model)
         if self.dense.weights is not None and source == "hf":

@@ -19,6 +19,7 @@ _WORDS: dict[Aim, str] = {
     "kept_heads": "heads kept",
 }
 _AT_LEAST: tuple[Aim, ...] = ("accuracy", "gain")
+_SLACK = 1e-9  # 0.944 - 0.943 is a little more than 0.001 in floating point
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Reached:
         """Whether it is as good as the target, or better."""
         if self.difference is None:
             return None
-        return self.difference >= 0 if self.target.of in _AT_LEAST else self.difference <= 0
+        return self.difference >= -_SLACK if self.target.of in _AT_LEAST else self.difference <= _SLACK
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """What it is, target, reached and difference as text, and the source.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hap.errors import HapError
 from hap.implants import FittedHeads, Heads, packed_type
 from hap.planning import Implant, Plan
 from hap.surgery.carriers import Carriers
@@ -53,7 +54,7 @@ def narrowed(
     tensors: Mapping[str, torch.Tensor],
     fitted: Mapping[str, FittedHeads],
 ) -> dict[str, torch.Tensor]:
-    """The tensors that change, with the narrow heads in their places.
+    """The tensors that change, with the narrow heads in their places; a lone one may change nothing else.
 
     Args:
         model: the dense model.
@@ -65,6 +66,9 @@ def narrowed(
     old, new = dict(model.named_parameters()), {name: tensor.clone() for name, tensor in tensors.items()}
     for module, (heads, implant) in plan.narrowed.items():
         output, fit = heads.output, fitted.get(module)
+        for member in heads.members:
+            if member.parameter not in new:
+                new[member.parameter] = old[member.parameter].detach().clone()
         carriers = Carriers.of(heads, implant)
         end = len(carriers.units) * heads.width
         new[output.weight].movedim(heads.member(output.weight).axis, -1)[..., -end:] = 0
@@ -113,7 +117,18 @@ def widened_(reference: nn.Module, small: nn.Module, plan: Plan, places: Layout)
 
 
 def packed_types(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The attention modules that get narrow heads, each with the class that it must have."""
+    """The attention modules that get narrow heads, each with the class that it must have.
+
+    Raises:
+        HapError: a module has a forward of its own, which would be called in place of its class's.
+    """
     for name, (heads, implant) in plan.narrowed.items():
         module = model.get_submodule(name)
+        if "forward" in vars(module):
+            raise HapError(
+                f"{name!r} cannot have narrow heads: the instance has a forward of its own",
+                expected="the forward of its class",
+                got="an attribute of the module, as accelerate's hooks set it",
+                remedy="remove the hooks, then `del module.forward`; or protect the module",
+            )
         yield module, packed_type(type(module), Carriers.of(heads, implant).packing)

@@ -17,6 +17,8 @@ Side = Literal["input", "output"]
 State = Callable[[], AbstractContextManager[None]]
 Layers = Mapping[str, nn.Module]
 
+THREADS = 256  # of the CPU, of all passes together: each keeps its own for as long as it lives
+
 
 class _Ended(BaseException):
     """Unwinds a forward pass that is not needed any more; no model catches it by mistake."""
@@ -92,21 +94,26 @@ class Pass(threading.Thread):
         self._stopped.release()
 
 
-def thread_state(device: torch.device) -> State:
+def thread_state(device: torch.device, passes: int = 1) -> State:
     """What every thread has its own of, as in the caller's: CPU threads, inference mode, autocast, CUDA stream.
 
-    There are no gradients in it.
+    There are no gradients in it. OpenMP keeps a pool of CPU threads for each pass that is not over, though one pass
+    runs at a time: so many `passes` get as many of the caller's each as `THREADS` allows, one at least.
     """
     kind, inference, threads = device.type, torch.is_inference_mode_enabled(), torch.get_num_threads()
+    bounded = max(1, min(threads, THREADS // max(1, passes)))
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
     @contextmanager
     def enter() -> Iterator[None]:
-        torch.set_num_threads(threads)  # without it OpenMP takes all cores in a new thread
+        torch.set_num_threads(bounded)  # without it OpenMP takes all cores in a new thread
         cast = torch.autocast(kind, dtype, enabled, cache_enabled=False)  # the weights change in between
-        with torch.inference_mode(inference), torch.no_grad(), cast, torch.cuda.stream(stream):
-            yield
+        try:
+            with torch.inference_mode(inference), torch.no_grad(), cast, torch.cuda.stream(stream):
+                yield
+        finally:
+            torch.set_num_threads(threads)  # it is also what threads that start later begin with
 
     return enter
 

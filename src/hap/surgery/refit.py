@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 
 from hap.attention import opened
-from hap.batches import Batch, device_of, evaluating, forward, resized, take
+from hap.batches import Batch, device_of, evaluating, forward, take
 from hap.errors import HapError
 from hap.implants import Dense, Geometry, Implanted, Moments, Reading, Sums, flat, form_of, solve
 from hap.implants.observe import MEMORY
@@ -47,9 +48,10 @@ def refit_(
     Both models run over the data once: all batches stop at each layer, in threads of their own, and go on with its new
     weights. So the activations of all calibration examples at one place in each model are in memory together.
 
-    Layers stay as they are (and are logged) that are grouped or transposed convolutions, no modules of their
-    own, called never or more than once in a forward pass, share their weight with another module, or read so many
-    inputs that their moments do not fit in `memory`.
+    Layers stay as they are (and are logged, as a warning if these are all) that are grouped or transposed
+    convolutions, no modules of their own, projections to heads some of which became narrow, called never or more than
+    once in a forward pass, share their weight with another module, or read so many inputs that their moments do not
+    fit in `memory`.
 
     Args:
         small: what `hap.apply` made; changed in place. Where this raises, it is as it was.
@@ -70,11 +72,11 @@ def refit_(
     jobs = _jobs(small, model, plan, memory)
     before = [(p, p.detach().clone()) for job in jobs.values() for p in job.entry.parameters()]
     device = device_of(model)
-    state = thread_state(device)
+    state = thread_state(device, passes=2 * len(data))
     try:
         with evaluating(small), evaluating(model), opened(small), opened(model), torch.no_grad():
             with state():
-                jobs = _called_once(small, jobs, resized(data[0], 1))
+                jobs = _called_once(small, jobs, data[0])
             inputs = {name: job.entry for name, job in jobs.items()}
             outputs = {name: job.dense for name, job in jobs.items()}
             stops = in_lockstep(small, model, inputs, outputs, data, state)
@@ -88,7 +90,8 @@ def refit_(
                 parameter.copy_(old)
         raise
     if left := [layer.module for layer in plan.structure.layers if layer.module not in solved]:
-        log.info("refit: %d layers stay as they are: %s", len(left), ", ".join(left))
+        level = logging.INFO if solved else logging.WARNING
+        log.log(level, "refit: %d layers stay as they are: %s", len(left), ", ".join(left))
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class _Job:
 
     Attributes:
         name: the module's name.
+        geometry: how it reads.
+        output_axis: the axis of its weight that carries the filters: 1 for GPT-2's linear layers.
         dense: the dense model's module.
         entry: the small model's module.
         rows: the dense filters that it still has: the unchanged ones, then those with implants.
@@ -104,8 +109,10 @@ class _Job:
     """
 
     name: str
-    dense: Dense
-    entry: Implanted | Dense
+    geometry: Geometry
+    output_axis: int
+    dense: nn.Module
+    entry: nn.Module
     rows: tuple[int, ...]
     implanted: int
 
@@ -113,28 +120,27 @@ class _Job:
         """Solves for the layer's weights, from its inputs and the dense layer's outputs; False if there are none."""
         sums: Sums | None = None
         for x, y in found:
-            geometry = Geometry.of(self.dense)
-            axis = geometry.channel_axis
             if sums is None:
-                every = range(x.shape[axis])
-                sums = Sums(self.name, geometry, y.shape[axis], self.rows, every, centre=False, device=x.device)
+                axis = self.geometry.channel_axis
+                every, filters = range(x.shape[axis]), y.shape[axis]
+                sums = Sums(self.name, self.geometry, filters, self.rows, every, centre=False, device=x.device)
             sums.add(x, y)
         if sums is None:
             return False
         moments, kept = sums.moments(), len(self.rows) - self.implanted
         whole = self.entry.dense if isinstance(self.entry, Implanted) else self.entry
         if whole is not None:
-            _solve_dense(whole, moments.of(slice(kept)), ridge)
+            _solve_dense(whole, self.output_axis, moments.of(slice(kept)), ridge)
         if isinstance(self.entry, Implanted):
             _solve_implant(self.entry, moments.of(slice(kept, None)), ridge)
         return True
 
 
-def _solve_dense(layer: Dense, found: Moments, ridge: float) -> None:
-    old = layer.weight.detach().flatten(1)[None]
+def _solve_dense(layer: Any, output_axis: int, found: Moments, ridge: float) -> None:
+    weight = layer.weight.detach().movedim(output_axis, 0)
     about = found if layer.bias is None else found.centred()
-    solution = about.pulled(old, ridge).solution()
-    layer.weight.copy_(solution.reshape(layer.weight.shape))
+    solution = about.pulled(weight.flatten(1)[None], ridge).solution()
+    weight.copy_(solution.reshape(weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(found.bias(solution))
 
@@ -161,6 +167,7 @@ def _jobs(small: nn.Module, model: nn.Module, plan: Plan, memory: int) -> dict[s
     jobs = {}
     for layer in plan.structure.layers:
         entry, dense = modules.get(layer.module), model.get_submodule(layer.module)
+        geometry = _geometry(dense)
         if not layer.positions or layer.groups > 1 or layer.transposed or layer.module in narrow:
             continue
         implant = plan.filters.get(layer.module)
@@ -170,13 +177,23 @@ def _jobs(small: nn.Module, model: nn.Module, plan: Plan, memory: int) -> dict[s
                 expected="the model that hap.apply made of this plan",
                 got=type(entry).__name__,
             )
-        if isinstance(entry, Implanted | Dense) and isinstance(dense, Dense) and users[id(dense.weight)] == 1:
+        if geometry and isinstance(entry, (Implanted, type(dense))) and users[id(dense.weight)] == 1:
             small_rows = set(implant.indices) if implant is not None else set()
             rows = sorted(places.of(layer.weight, layer.output_axis, layer.filters), key=small_rows.__contains__)
-            columns = places.of(layer.weight, 1, dense.weight.shape[1])
+            inputs = 1 - layer.output_axis
+            columns = places.of(layer.weight, inputs, plan.structure.tensors[layer.weight].shape[inputs])
             if Reading(rows, columns, centre=False).bytes(prod(layer.kernel)) <= memory:
-                jobs[layer.module] = _Job(layer.module, dense, entry, tuple(rows), len(small_rows))
+                jobs[layer.module] = _Job(
+                    layer.module, geometry, layer.output_axis, dense, entry, tuple(rows), len(small_rows)
+                )
     return jobs
+
+
+def _geometry(layer: nn.Module) -> Geometry | None:
+    """How a layer reads; None of what is neither a convolution nor a linear layer, GPT-2's ``Conv1D`` being one."""
+    if isinstance(layer, Dense):
+        return Geometry.of(layer)
+    return Geometry() if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") else None
 
 
 def _called_once(small: nn.Module, jobs: Mapping[str, _Job], example: Batch) -> dict[str, _Job]:

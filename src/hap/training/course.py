@@ -111,11 +111,14 @@ class Course:
         """The stream after the batches that were taken already; it must be the one they were taken from."""
         first = next(stream)
         found = digest(first)
-        if not at.batches:
-            at.first = found
-            return chain([first], stream)
-        if found != at.first:
+        if at.first not in ("", found):
             raise refused(saved.path, "the same batches in the same order", "another first batch of the epoch")
+        at.first = found
+        if not at.batches:
+            # Saved here, not when the epoch before ended, so that this epoch's first batch is known after a kill.
+            if at.history.epochs and saved.due(at.steps):
+                self._save(at)
+            return chain([first], stream)
         deque(islice(stream, at.batches - 1), maxlen=0)
         return stream
 
@@ -138,8 +141,6 @@ class Course:
         at.history = dataclasses.replace(history, epochs=(*history.epochs, record))
         at.began, at.meter = Randomness.now(self.model, self.loop.batches), Meter("")
         at.batches, at.seconds, at.first = 0, 0.0, ""
-        if self.saved is not None and number < self.epochs and self.saved.due(at.steps):
-            self._save(at)
 
     def _save(self, at: Progressed) -> None:
         assert self.saved is not None

@@ -17,6 +17,8 @@ from hap.training.meter import Meter, length
 from hap.training.precision import HALF, Precision, half_forward
 from hap.training.sharded import shards, write_whole_
 
+UNFINISHED = "Expected to have finished reduction"  # how DistributedDataParallel begins to say so
+
 
 class Share:
     """The batches of one of several processes, for one pass: every `world`-th.
@@ -60,6 +62,13 @@ class Alone:
     def __init__(self, precision: Precision = "no") -> None:
         self.precision: Precision = precision
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def device(self, model: nn.Module) -> torch.device:
+        """Where a model is trained."""
+        return device_of(model)
+
+    def check(self) -> None:
+        """Refuses what training cannot do here."""
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model that is trained: the caller's own, unless it is to be cut into shards."""
@@ -132,6 +141,23 @@ class Accelerated(Alone):
         self.world = accelerator.num_processes
         self._inside = own != "no"  # the prepared model's forward, and the prepared optimizer, see to it
 
+    def device(self, model: nn.Module) -> torch.device:
+        """The accelerator's, which moves the model there."""
+        if not self.accelerator.device_placement:
+            return device_of(model)
+        return torch.empty(0, device=self.accelerator.device).device  # "cuda" gets its number
+
+    def check(self) -> None:
+        """Refuses an accelerator that divides losses for an accumulation of its own."""
+        steps = self.accelerator.gradient_accumulation_steps
+        if steps != 1:
+            raise HapError(
+                "the accelerator accumulates gradients by itself",
+                expected="gradient_accumulation_steps=1",
+                got=str(steps),
+                remedy=f"accumulate={steps} (on the command line --accumulate {steps}) in its place",
+            )
+
     def place(self, model: nn.Module) -> nn.Module:
         """A copy where it is cut into shards (FSDP2): the caller's model stays whole."""
         placed = shards(self.accelerator, model)
@@ -149,17 +175,35 @@ class Accelerated(Alone):
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """In `DistributedDataParallel`, or cut into shards, where there are several; under autocast where asked."""
+        self._before = [list(held) for held in self._held()]
         return self.accelerator.prepare(model, optimizer)
 
+    def _held(self) -> tuple[list[Any], ...]:
+        """What the accelerator has prepared; it keeps all of it, for its `save_state`."""
+        return self.accelerator._models, self.accelerator._optimizers
+
     def restore(self, placed: nn.Module, model: nn.Module) -> None:
-        """Takes the autocast off the model's forward; gathers the weights of all shards."""
+        """Takes the autocast off the model's forward; gathers the weights of all shards; lets go of the optimizer."""
+        for held, before in zip(self._held(), self._before, strict=True):
+            held[:] = before
         if placed is model:
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         else:
             write_whole_(placed, model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        return forward(model, batch) if self._inside else super().forward(model, batch)
+        try:
+            return forward(model, batch) if self._inside else super().forward(model, batch)
+        except HapError as error:
+            if UNFINISHED not in error.what:
+                raise
+            raise HapError(
+                "parameters had no part in the loss, and the processes wait for their gradients",
+                expected="a loss that depends on every trainable parameter",
+                got=str(error.__cause__).partition(". ")[0],
+                remedy="requires_grad_(False) on what is not used, or Accelerator(kwargs_handlers="
+                "[DistributedDataParallelKwargs(find_unused_parameters=True)])",
+            ) from error
 
     def backward(self, loss: torch.Tensor) -> None:
         """The mean over processes."""

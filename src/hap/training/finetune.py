@@ -15,7 +15,7 @@ from hap.training.course import Course, Select
 from hap.training.devices import devices_of
 from hap.training.evaluate import evaluated
 from hap.training.history import History
-from hap.training.layout import ChannelsLast, channels_last_, wants_channels_last
+from hap.training.layout import CHOICES, ChannelsLast, channels_last_, wants_channels_last
 from hap.training.loop import LEARNING_RATES, Loop, Optimizer, make_optimizer, rounds
 from hap.training.meter import length
 from hap.training.objective import Distillation, Objective
@@ -94,9 +94,9 @@ def finetune(
             the weights are gathered into the model at the end.
         seed: for all random numbers.
         state: a file to save the run in, from which a run that was killed goes on when it is started again with the
-            same arguments, to the same bits. It is kept at the end: a run that is complete is not repeated. Each of
-            several processes has a file of its own, with its rank in the name; where they are more than two, sums may
-            be in another order after a kill.
+            same arguments, to the same bits where the device's kernels are deterministic. It is kept at the end: a run
+            that is complete is not repeated. Each of several processes has a file of its own, with its rank in the
+            name; where they are more than two, sums may be in another order after a kill.
         save_every: seconds between two saves.
         log: called with numbers by name and the step, every 50 steps and after each epoch; for example
             ``Accelerator.log``. Of several processes the first calls it.
@@ -112,6 +112,7 @@ def finetune(
         ("schedule", schedule, get_args(Schedule)),
         ("selection", select, get_args(Select)),
         ("precision", precision, get_args(Precision)),
+        ("order in memory channels_last", str(channels_last), CHOICES),
     )
     lr = LEARNING_RATES[optimizer] if lr is None else lr
     numbers: dict[str, float | None]
@@ -123,18 +124,19 @@ def finetune(
     check_trainable(model)
     devices = devices_of(accelerator, precision)
     objective = Objective(loss, label_smoothing, distill, devices.precision)
-    objective.check(model)
+    devices.check()
+    objective.check(model, devices.device(model))
     saved = None
     if state is not None:
         names = {"optimizer": optimizer, "schedule": schedule, "select": select, "precision": precision}
-        lengths = {"train_batches": length(train_batches), "validation": validation and length(validation)}
+        lengths = {"train_batches": length(train_batches), "validation": _length(validation)}
         run = _identity(model, objective, **numbers, **names, **lengths, seed=seed, processes=devices.world)
         saved = Saved(Path(state), run, every=save_every, devices=devices)
 
     placed = devices.place(model)
     steps = rounds(train_batches, devices)
     ticks = max(1, epochs * (1 if steps is None else -(-steps // accumulate)))
-    with channels_last_(placed, on=wants_channels_last(placed, channels_last)):
+    with channels_last_(placed, on=wants_channels_last(placed, channels_last, devices.device(placed))):
         rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         optimizing = make_optimizer(optimizer, placed, **rates, sharded=placed is not model)
         trained, stepped = devices.prepare(placed, optimizing)
@@ -174,6 +176,12 @@ def _identity(model: nn.Module, objective: Objective, **options: object) -> dict
     loss = getattr(objective.loss, "__qualname__", type(objective.loss).__qualname__)
     options |= {"weights": _weights(model), "loss": loss, "distill": taught}
     return {name: str(value) for name, value in options.items()}
+
+
+def _length(batches: Iterable[Batch] | None) -> int | str | None:
+    """None for no data at all."""
+    found = length(batches)
+    return "unknown" if found is None and batches is not None else found
 
 
 def _weights(model: nn.Module) -> str:

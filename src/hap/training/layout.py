@@ -9,15 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hap.batches import device_of
-
 ChannelsLast = Literal["auto"] | bool
+CHOICES = ("auto", "True", "False")  # as text
 
 
-def wants_channels_last(model: nn.Module, choice: ChannelsLast) -> bool:
+def wants_channels_last(model: nn.Module, choice: ChannelsLast, device: torch.device) -> bool:
     """The choice; ``auto`` is for models with 2-D convolutions on a GPU, where the fast kernels read that order."""
     if choice == "auto":
-        return device_of(model).type == "cuda" and any(isinstance(module, nn.Conv2d) for module in model.modules())
+        return device.type == "cuda" and any(isinstance(module, nn.Conv2d) for module in model.modules())
     return choice
 
 

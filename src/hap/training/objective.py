@@ -62,8 +62,8 @@ class Objective:
                 remedy="smooth the labels in your loss",
             )
 
-    def check(self, model: nn.Module) -> None:
-        """Refuses a teacher that is the student, or elsewhere."""
+    def check(self, model: nn.Module, device: torch.device) -> None:
+        """Refuses a teacher that is the student, or not on the device that the student is trained on."""
         if self.distill is None:
             return
         teacher = self.distill.teacher
@@ -74,12 +74,12 @@ class Objective:
                 got="parameters that both models have",
                 remedy="copy.deepcopy the model before training",
             )
-        if device_of(teacher) != device_of(model):
+        if device_of(teacher) != device:
             raise HapError(
                 "the teacher is on another device",
-                expected=str(device_of(model)),
+                expected=str(device),
                 got=str(device_of(teacher)),
-                remedy=f"teacher.to({str(device_of(model))!r})",
+                remedy=f"teacher.to({str(device)!r})",
             )
 
     def __call__(self, outputs: Any, batch: Batch) -> torch.Tensor:

@@ -32,7 +32,7 @@ class Randomness:
     """The states of torch's generators and of the data's own, where they have one.
 
     Attributes:
-        states: of the CPU, of each of the model's GPUs, and last of the data's generator.
+        states: of the CPU, of each of the model's GPUs, and last of the data's generators.
         data: what the data's ``state_dict()`` says: how many epochs they have given out, say.
     """
 
@@ -41,7 +41,7 @@ class Randomness:
 
     @staticmethod
     def now(model: nn.Module, batches: Any) -> Randomness:
-        """The present state. `batches` may have a ``generator``, as a `DataLoader` has, and a ``state_dict()``."""
+        """The present state. `batches` may have generators, as a `DataLoader` has, and a ``state_dict()``."""
         gpus = [torch.cuda.get_rng_state(index) for index in gpus_of(model)]
         own = [generator.get_state() for generator in _generators(batches)]
         return Randomness((torch.get_rng_state(), *gpus, *own), _data_state(batches))
@@ -60,8 +60,11 @@ class Randomness:
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
-    found = getattr(batches, "generator", None)
-    return [found] if isinstance(found, torch.Generator) else []
+    """A loader's own, and those of what draws its examples; each once."""
+    sampler, groups = (getattr(batches, name, None) for name in ("sampler", "batch_sampler"))
+    holders = (batches, sampler, groups, getattr(groups, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _data_state(batches: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hap.batches import device_of
 from hap.training.history import History
 from hap.training.loop import Loop
 from hap.training.meter import Meter
@@ -31,7 +32,7 @@ class Progressed:
         batches: that this process has taken of the running epoch.
         lr: of its first step.
         seconds: spent on it.
-        first: the `digest` of its first batch, if states are saved.
+        first: the `digest` of its first batch, once that has been read, if states are saved.
     """
 
     history: History
@@ -84,7 +85,7 @@ def unpack_(tensors: Tensors, about: Mapping[str, Any], model: nn.Module, loop: 
     _load_optimizer_(loop.optimizer, _of("optimizer", tensors), loop.scheduler.get_last_lr())
     loop.devices.scaler.load_state_dict(about["scaler"])
     meter = Meter("")
-    meter.restore(tensors["losses"], about["sizes"])
+    meter.restore(tensors["losses"].to(device_of(model)), about["sizes"])
     began = Randomness(_states("began", tensors), about["data"])
     plain = {name: about[name] for name in _PLAIN}
     at = Progressed(History.from_dict(about["history"]), began, meter, **plain)
