@@ -18,7 +18,7 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Epochs to train the dense network.")] = 20,
     keep_params: Annotated[float, typer.Option(help="Fraction of parameters that may remain.")] = 0.4,
 ) -> None:
-    """Train a small CNN on scikit-learn's digits, then prune it with implants, fine-tune and report."""
+    """Train a small CNN on scikit-learn's digits, then prune it, fine-tune and report."""
     with Bars() as bars:
         data = zoo.load_data("digits", batch_size=64)
         model = zoo.build("digits-cnn")
