@@ -41,8 +41,8 @@ def prune(
     keep_latency: Annotated[
         float | None,
         typer.Option(
-            help="Fraction of the latency that may remain, as measured here; default: 1 where mode optimal may "
-            "implant, so that no implant makes the model slower than it was."
+            help="Fraction of the latency that may remain, as measured here; default: 1 for images where mode "
+            "optimal may implant, so that no implant makes the model slower than it was."
         ),
     ] = None,
     any_latency: Annotated[
@@ -141,7 +141,8 @@ def prune(
     budget = Budget(params=keep_params, macs=keep_macs, latency=keep_latency, heads=keep_heads)
     if keep_latency is not None and any_latency:
         raise typer.BadParameter("give --keep-latency or --any-latency", param_hint="--any-latency")
-    if keep_latency is None and not any_latency and mode == "optimal" and implant_ratio > 0:
+    images = task is None  # the implants of texts, narrow heads and thin matrices, take off time as they take off MACs
+    if keep_latency is None and not any_latency and images and mode == "optimal" and implant_ratio > 0:
         budget = dataclasses.replace(budget, latency=1.0)
     kinds = _kinds(units)
     widths: dict[str, Any] = {
