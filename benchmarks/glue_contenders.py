@@ -26,21 +26,23 @@ class Contender:
         implants: the share of what does not stay that is replaced by smaller heads, in place of removed; chosen
             together, any share but 0 lets as many be replaced as pays.
         refit: solve the output projections anew, in closed form.
+        draws: probes, where the criterion's default would take longer than the fine-tuning.
     """
 
     criterion: str
     joint: bool = False
     implants: float = 0.0
     refit: bool = False
+    draws: int | None = None
 
 
 CONTENDERS = {
     "random": Contender("random"),
     "magnitude": Contender("magnitude"),
     "head-gradient": Contender("head-gradient"),
-    "hessian-trace": Contender("hessian-trace"),
+    "hessian-trace": Contender("hessian-trace", draws=4),
     "gate-fisher": Contender("gate-fisher"),
-    "hessian-trace + implants": Contender("hessian-trace", implants=0.25),
+    "hessian-trace + implants": Contender("hessian-trace", implants=0.25, draws=4),
     "gate-fisher + implants": Contender("gate-fisher", implants=0.25),
     "head-gradient + refit": Contender("head-gradient", refit=True),
     "gate-ggn, joint": Contender("gate-ggn", joint=True),
@@ -68,6 +70,7 @@ class Measured:
                 None,
                 setting.structure,
                 criterion=who.criterion,
+                draws=who.draws,
                 seed=setting.seed,
                 gram=who.joint,
             )

@@ -97,7 +97,7 @@ def _theirs(task: Task, importance: str, ratio: float) -> Plan:
     images, labels = task.calibration[0]
     made = {
         "group norm": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean"),
-        "L2": lambda: tp.importance.MagnitudeImportance(p=2),
+        "L2": lambda: tp.importance.MagnitudeImportance(p=2, normalizer=None, group_reduction="first"),
         "Taylor": lambda: tp.importance.TaylorImportance(),
     }[importance]()
     with warnings.catch_warnings():

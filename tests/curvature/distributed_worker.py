@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
 from torch import distributed as dist
 from torch import nn
 
 from conftest import Case, make_conv
-from hap.curvature import CRITERIA, measure
+from hap.curvature import CRITERIA, measure, sampling
 from hap.errors import HapError
 from hap.types import Sensitivity
 
@@ -61,10 +63,25 @@ def stopping(case: Case, at: int, stop: Callable[[], object]) -> Iterator[tuple[
         yield batch
 
 
-def failing(case: Case, rank: int, state: Path | None = None) -> str:
-    """What each rank says when rank 1 divides by zero before batch 3."""
-    stopped = stopping(case, 3, lambda: rank == 1 and 1 / 0)
-    return error(lambda: measure(case.model, stopped, None, case.structure, state=state, save_every=0))
+def failing(case: Case, rank: int, state: Path | None = None, at: int = 3, **options: Any) -> str:
+    """What each rank says when rank 1 divides by zero before a batch."""
+    stopped = stopping(case, at, lambda: rank == 1 and 1 / 0)
+    return error(lambda: measure(case.model, stopped, None, case.structure, state=state, save_every=0, **options))
+
+
+def chunks(case: Case, rank: int, folder: Path) -> dict[str, object]:
+    """Reading until it is settled, in chunks: rank 1 fails at the first batch of the second, which rank 0 has saved."""
+    options: dict[str, Any] = {"samples": "auto", "risk": 1e-9, "cap": 12}
+    usual, sampling.FIRST = sampling.FIRST, 3
+    path = folder / "auto.state"
+    failed = failing(case, rank, path, 1, **options)
+    dist.barrier()
+    files = sorted(folder.glob("auto.state*"))
+    saved = [safetensors.safe_open(file, "pt").metadata()["chunk"] for file in files]
+    resumed = flat(measure(case.model, case.batches, None, case.structure, state=path, **options))
+    undisturbed = flat(measure(case.model, case.batches, None, case.structure, **options))
+    sampling.FIRST = usual
+    return {"failed": failed, "saved": saved, "resumed": resumed, "undisturbed": undisturbed}
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -80,6 +97,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     dist.barrier()
     resumed = measure(case.model, case.batches, None, case.structure, state=folder / STATE)
     results["resumed"] = {"gate-fisher": flat(resumed)}
+    results["chunks"] = chunks(case, rank, folder)
     own = case.batches[rank:]
     results["other data"] = error(lambda: measure(case.model, own, None, case.structure))
     alone = [dist.new_group([r]) for r in range(size)]

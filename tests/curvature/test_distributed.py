@@ -71,6 +71,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(ranks):
     same(ranks[1]["resumed"], ranks[0]["together"])
 
 
+def test_all_ranks_go_on_from_the_chunk_that_the_furthest_had_saved(ranks):
+    for found in (ranks[0]["chunks"], ranks[1]["chunks"]):
+        assert found["saved"] == ["1", "0"]
+        assert torch.equal(found["resumed"], found["undisturbed"])
+    assert "measuring failed on rank 1" in ranks[0]["chunks"]["failed"]
+
+
 def test_ranks_that_read_other_data_are_refused(ranks):
     for found in ranks:
         assert "the processes have read different data" in found["other data"]

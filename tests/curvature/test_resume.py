@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hap.curvature import CRITERIA, Criterion, Scores, measure
+from hap.curvature import CRITERIA, Criterion, GateFisher, Scores, measure, sampling
 from hap.curvature.saved import digest
 from hap.errors import HapError
 
@@ -90,6 +90,64 @@ def test_may_be_interrupted_twice(five, tmp_path):
     again = measure(five.model, five.batches, None, five.structure, state=tmp_path / "state", draws=2)
     assert equal(again, measure(five.model, five.batches, None, five.structure, draws=2))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_looks(monkeypatch):
+    """Chunks of 3, 3, 6, ... examples, blocks of 2, and a risk that is never reached."""
+    monkeypatch.setattr(sampling, "FIRST", 3)
+    monkeypatch.setattr(sampling, "BLOCK", 2)
+    return {"samples": "auto", "risk": 1e-9, "cap": 12}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("criterion", ["gate-fisher", "gate-ggn", "gate-gradient", "hessian-trace", "ggn-quadratic"])
+def test_sampling_until_it_is_settled_goes_on_to_the_same_bits(five, tmp_path, small_looks, criterion, at):
+    options = {"criterion": criterion, "gram": CRITERIA[criterion].has_gram, **small_looks}
+    undisturbed = measure(five.model, five.batches, None, five.structure, **options)
+    begin(five, tmp_path / "state", at, **options)
+    again = measure(five.model, five.batches, None, five.structure, state=tmp_path / "state", **options)
+    assert equal(again, undisturbed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_that_are_done_are_not_measured_again(five, tmp_path, small_looks, monkeypatch):
+    scored = []
+    score = GateFisher.score
+    monkeypatch.setattr(
+        GateFisher, "score", lambda self, problem: scored.append(problem.samples) or score(self, problem)
+    )
+    measure(five.model, five.batches, None, five.structure, **small_looks)
+    assert scored == [3, 3, 6]
+    begin(five, tmp_path / "state", 3, **small_looks)
+    scored.clear()
+    measure(five.model, five.batches, None, five.structure, state=tmp_path / "state", **small_looks)
+    assert scored == [6]
+
+
+def test_a_look_comes_where_it_would_have_come(five, tmp_path, small_looks, caplog):
+    options = {**small_looks, "criterion": "hessian-trace"}
+
+    def looks(**state):
+        caplog.clear()
+        measure(five.model, five.batches, None, five.structure, **state, **options)
+        return [record.message for record in caplog.records if record.name == "hap.curvature.sampling"]
+
+    with caplog.at_level("INFO"):
+        all_of_them = looks()
+        begin(five, tmp_path / "state", 3, **options)
+        again = looks(state=tmp_path / "state")
+    assert again == all_of_them[2:]
+
+
+def test_sampling_until_it_is_settled_refuses_another_run(five, tmp_path, small_looks):
+    begin(five, tmp_path / "state", 3, **small_looks)
+    for other in ({**small_looks, "cap": 11}, {**small_looks, "keep": 0.3}, {"samples": 12}):
+        with pytest.raises(HapError, match="does not fit"):
+            measure(five.model, five.batches, None, five.structure, state=tmp_path / "state", **other)
+    with pytest.raises(HapError, match="does not fit") as caught:
+        measure(five.model, five.batches[:1], None, five.structure, state=tmp_path / "state", **small_looks)
+    assert "6 examples" in caught.value.expected
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -177,8 +235,6 @@ def test_what_cannot_be_interrupted_says_so(five, tmp_path):
     for criterion in ("magnitude", Whole()):
         with pytest.raises(HapError, match="cannot be interrupted"):
             measure(five.model, five.batches, None, five.structure, criterion=criterion, state=tmp_path / "state")
-    with pytest.raises(HapError, match="gate-fisher cannot be interrupted with samples='auto'"):
-        measure(five.model, five.batches, None, five.structure, samples="auto", state=tmp_path / "state")
 
 
 def test_places_and_times_that_cannot_be(five, tmp_path):

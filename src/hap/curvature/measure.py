@@ -77,7 +77,7 @@ def measure(
             `torch.distributed` is not set up.
         state: a file to save what has been added up in, so that a run that was killed goes on from there when it is
             started again with the same arguments, to the same bits; deleted at the end. One for each process is kept
-            where there are several. For criteria that are `Criterion.resumable`, with a given number of samples.
+            where there are several. For criteria that are `Criterion.resumable`.
         save_every: seconds between two saves.
 
     Returns:
@@ -105,13 +105,13 @@ def measure(
     processes = Processes.of(group, model)
     saved = None
     if state is not None:
-        _check_resumable(chosen, samples)
+        _check_resumable(chosen)
         run = identity(
             model,
             structure,
             criterion=f"{chosen.label} {vars(chosen)}",
             loss=getattr(loss, "__qualname__", type(loss).__qualname__),
-            samples=samples,
+            samples=f"auto, keep {keep}, cap {cap}, risk {risk}" if samples == "auto" else samples,
             draws=count,
             seed=seed,
             gram=gram,
@@ -145,6 +145,8 @@ def measure(
             found = until_settled(chosen, problem, keep=0.5 if keep is None else keep, risk=risk)
         else:
             found = chosen.score(problem)
+    if saved is not None:
+        saved.remove()
     _check_scores(chosen.name, seen.followed, found.scores, found.stderr)
     return Sensitivity(
         criterion=chosen.label,
@@ -246,13 +248,13 @@ def _check_options(criterion: Criterion, gram: bool, max_memory: int | None, aut
         raise HapError("autocast needs a half precision", expected="bfloat16 or float16", got=str(autocast))
 
 
-def _check_resumable(criterion: Criterion, samples: int | Literal["auto"]) -> None:
-    if not criterion.resumable or samples == "auto":
+def _check_resumable(criterion: Criterion) -> None:
+    if not criterion.resumable:
         names = ", ".join(sorted(name for name, known in CRITERIA.items() if known.resumable))
         raise HapError(
-            f"{criterion.name} cannot be interrupted" + (" with samples='auto'" if criterion.resumable else ""),
-            expected=f"a state with a number of samples and one of: {names}",
-            got=f"criterion {criterion.name}, samples={samples}",
+            f"{criterion.name} cannot be interrupted",
+            expected=f"a state with one of: {names}",
+            got=f"criterion {criterion.name}",
             remedy="leave state out",
         )
 

@@ -82,15 +82,7 @@ class Processes:
             return
         states = [part.state() for part in parts]
         shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} for state in states]
-        found = self._exchange((read, shapes))
-        failed = [rank for rank, item in enumerate(found) if item is None]
-        if failed:
-            raise HapError(
-                f"measuring failed on rank {failed[0]} of {self.size}",
-                expected="all processes to finish their share of the batches",
-                got=f"an error on {len(failed)} of them",
-                remedy="see the error that rank raised",
-            )
+        found = self._given((read, shapes))
         if any(item[0] != read for item in found):
             raise HapError(
                 "the processes have read different data",
@@ -108,10 +100,37 @@ class Processes:
                 }
                 part.merge(sent)
 
+    def furthest(self, part: Part, count: int) -> int:
+        """Give every process the part of the one that has come furthest, by its count, and that count.
+
+        Raises:
+            HapError: another process failed.
+        """
+        if self.size == 1:
+            return count
+        counts = self._given(count)
+        if self.rank != counts.index(max(counts)):
+            part.clear()
+        self.add_up([part], ())
+        return int(max(counts))
+
     def fail(self) -> None:
-        """Tell the others, which wait in `add_up` or will, that this process has nothing to give."""
+        """Tell the others, which wait for this process or will, that this process has nothing to give."""
         if self.size > 1:
             self._exchange(None)
+
+    def _given(self, item: object) -> list[Any]:
+        """What each process gives; raises a HapError if one has failed."""
+        found = self._exchange(item)
+        failed = [rank for rank, item in enumerate(found) if item is None]
+        if failed:
+            raise HapError(
+                f"measuring failed on rank {failed[0]} of {self.size}",
+                expected="all processes to finish their share of the batches",
+                got=f"an error on {len(failed)} of them",
+                remedy="see the error that rank raised",
+            )
+        return found
 
     def _exchange(self, item: object) -> list[Any]:
         found: list[Any] = [None] * self.size

@@ -15,6 +15,7 @@ import torch
 from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores
 from hap.curvature.pieces import cut
+from hap.curvature.sums import State
 from hap.errors import HapError
 from hap.types import silent
 
@@ -40,14 +41,20 @@ def until_settled(criterion: Criterion, problem: Problem, *, keep: float, risk: 
     """
     need_additive(criterion)
     reader = _Reader(problem.batches(criterion.label))
-    merged = Merged()
-    look, chunks = min(FIRST, problem.samples), 0
+    merged, walk = Merged(), problem.walk
+    chunks = walk.resume(merged)
+    if walk.saved:
+        walk.saved.need_count(reader.skip(merged.count), merged.count, of="examples")
+    look = min(FIRST, problem.samples)
     while True:
+        while look < merged.count:  # looked at before the run was interrupted
+            look = min(2 * look, problem.samples)
         while merged.count < look and reader.more():
             step = look - merged.count if criterion.covers_data else min(BLOCK, look - merged.count)
             chunk = replace(problem, data=reader.take(step), samples=step, seed=_seed(problem, chunks), progress=silent)
             merged.add(criterion.score(chunk), covers_data=criterion.covers_data)
             chunks += 1
+            walk.next(chunks)
         doubt = merged.misplaced(keep)
         log.info("%s: %d examples, %.1f %% of the units misplaced", criterion.label, merged.count, 100 * doubt)
         if doubt <= MARGIN * risk:
@@ -107,24 +114,29 @@ def need_additive(criterion: Criterion) -> None:
 
 
 class Merged:
-    """Scores of disjoint chunks as if of one: means, and the standard errors that the examples' spread gives.
+    """A `Part`: scores of disjoint chunks as if of one: means, and the standard errors that the examples' spread gives.
 
     As `Moments` merges rows (Chan, Golub and LeVeque 1979), each chunk by its number of terms, such as tokens. For the
     errors a chunk's examples count as if all had its mean number.
 
     Attributes:
         count: number of examples.
+        draws: of each chunk.
         terms: number of terms.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """See `Part.clear`."""
+        self.count = self.draws = 0
         self.terms = 0.0
         self._freedom = -1  # degrees of freedom of the squares
         self._mean = self._squares = torch.zeros((), dtype=torch.float64)
         self._weights = 0.0  # sum of the squares of the examples' numbers of terms
         self._gram: torch.Tensor | None = None
-        self._last: Scores | None = None
+        self._sizes: dict[str, dict[str, int]] = {"units": {}, "filters": {}}
 
     def add(self, found: Scores, *, covers_data: bool) -> None:
         """Merge a chunk; `covers_data` as in `Criterion`: else a chunk is one draw, whatever its own error is."""
@@ -142,10 +154,36 @@ class Merged:
         if found.gram is not None:
             self._gram = found.gram if self._gram is None else self._gram + (found.gram - self._gram) * share
         self.count += size
+        self.draws = found.draws
         self.terms += terms
         self._weights += weights
         self._freedom += size if covers_data else 1
-        self._last = found
+        for kind, values in (("units", found.scores), ("filters", found.filters)):
+            self._sizes[kind] = {name: len(value) for name, value in values.items()}
+
+    def state(self) -> State:
+        """See `Part.state`."""
+        if not self.count:
+            return {}
+        facts = [self.count, self.draws, self.terms, self._weights, self._freedom]
+        found = {"facts": torch.tensor(facts, dtype=torch.float64), "mean": self._mean, "squares": self._squares}
+        for kind, sizes in self._sizes.items():
+            for place, (name, size) in enumerate(sizes.items()):
+                found[f"{kind}.{name}"] = torch.tensor([place, size])
+        return found if self._gram is None else {**found, "gram": self._gram}
+
+    def merge(self, state: State) -> None:
+        """See `Part.merge`; this one must be empty."""
+        if not state:
+            return
+        count, self.draws, self.terms, self._weights, freedom = state["facts"].tolist()
+        self.count, self.draws, self._freedom = int(count), int(self.draws), int(freedom)
+        self._mean, self._squares, self._gram = state["mean"], state["squares"], state.get("gram")
+        for kind in self._sizes:
+            named = {
+                name.removeprefix(f"{kind}."): t.tolist() for name, t in state.items() if name.startswith(f"{kind}.")
+            }
+            self._sizes[kind] = {name: size for name, (_, size) in sorted(named.items(), key=lambda item: item[1])}
 
     def stderr(self) -> torch.Tensor:
         """Standard errors, flat; NaN with nothing to tell them from."""
@@ -155,8 +193,7 @@ class Merged:
 
     def misplaced(self, keep: float) -> float:
         """`misplaced` of the units so far; NaN with too little to tell."""
-        assert self._last is not None
-        units = sum(len(values) for values in self._last.scores.values())
+        units = sum(self._sizes["units"].values())
         if self._freedom < 3:
             return torch.nan
         student = (self._freedom / (self._freedom - 2)) ** 0.5  # standard deviation of t with few degrees of freedom
@@ -164,22 +201,23 @@ class Merged:
 
     def scores(self) -> Scores:
         """All chunks as one."""
-        assert self._last is not None
-        scores, filters = _like(self._mean, self._last)
-        stderr, filters_stderr = _like(self.stderr(), self._last)
-        return Scores(self.count, self._last.draws, scores, stderr, filters, filters_stderr, self._gram, self.terms)
+        scores, filters = self._named(self._mean)
+        stderr, filters_stderr = self._named(self.stderr())
+        return Scores(self.count, self.draws, scores, stderr, filters, filters_stderr, self._gram, self.terms)
+
+    def _named(self, flat: torch.Tensor) -> tuple[dict[str, torch.Tensor], ...]:
+        """A flat vector as the scores of units, and of filters."""
+        found, start = [], 0
+        for sizes in self._sizes.values():
+            total = sum(sizes.values())
+            parts = flat[start : start + total].split(list(sizes.values()))
+            found.append({name: part.clone() for name, part in zip(sizes, parts, strict=True)})
+            start += total
+        return tuple(found)
 
 
 def _flat(units: Mapping[str, torch.Tensor], filters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([values.to("cpu").double() for values in (*units.values(), *filters.values())])
-
-
-def _like(flat: torch.Tensor, found: Scores) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A flat vector in the shape of the scores of units and of filters."""
-    sizes = [len(values) for values in (*found.scores.values(), *found.filters.values())]
-    parts = [part.clone() for part in flat.split(sizes)]
-    units = len(found.scores)
-    return dict(zip(found.scores, parts, strict=False)), dict(zip(found.filters, parts[units:], strict=True))
 
 
 def _seed(problem: Problem, chunk: int) -> int:
@@ -199,6 +237,10 @@ class _Reader:
         if self._held is None:
             self._held = next(self._items, None)
         return self._held is not None
+
+    def skip(self, count: int) -> int:
+        """Leave out that many examples, or what is left; returns how many."""
+        return sum(batches.size(batch) for batch in self.take(count))
 
     def take(self, count: int) -> Iterator[batches.Batch]:
         """The next `count` examples, or what is left."""

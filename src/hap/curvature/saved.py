@@ -22,11 +22,14 @@ from hap.types import Structure
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "hap measurement 1"
+_FORMAT = "hap measurement 2"
 
 
 class Saved:
     """Sums, random states and the number of batches they stand for, in a safetensors file.
+
+    Where the data is read in chunks (``samples="auto"``) they are those of the present chunk, and beside them lies what
+    all chunks before it came to: see `restore_before`.
 
     Args:
         path: the file; its folder must be there.
@@ -45,10 +48,25 @@ class Saved:
         self.path = path
         self.run = dict(run)
         self.every = every
+        self.chunk = 0
+        self._before: Part | None = None
         self._last = time.monotonic()
 
+    def restore_before(self, before: Part) -> None:
+        """Read in chunks: fill an empty part with what all chunks before the one that was saved came to.
+
+        `chunk` is then the number of that one. The part is saved with every chunk from now on.
+
+        Raises:
+            HapError: as `restore` does.
+        """
+        self._before = before
+        about, tensors = self._read()
+        before.merge(_of("before", tensors))
+        self.chunk = int(about.get("chunk", 0))
+
     def restore(self, parts: Sequence[Part], generators: Sequence[torch.Generator]) -> tuple[int, str]:
-        """Fill empty parts and set generators as they were saved; nothing, if there is no file.
+        """Fill empty parts and set generators as they were saved; nothing, if there is no file for this chunk.
 
         Returns:
             The number of batches that were read, and the `digest` of the first.
@@ -56,8 +74,20 @@ class Saved:
         Raises:
             HapError: the file cannot be read, or is of another run.
         """
-        if not self.path.exists():
+        about, tensors = self._read()
+        if not about or int(about["chunk"]) != self.chunk:
             return 0, ""
+        for number, part in enumerate(parts):
+            part.merge(_of(str(number), tensors))
+        for number, generator in enumerate(generators):
+            generator.set_state(tensors[f"generator.{number}"])
+        logger.info("going on after %s batches, from %s", about["batches"], self.path)
+        return int(about["batches"]), about["first"]
+
+    def _read(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """What the file says of itself, and what it holds; nothing, if there is none."""
+        if not self.path.exists():
+            return {}, {}
         try:
             with safetensors.safe_open(self.path, "pt") as file:
                 about = file.metadata() or {}
@@ -67,22 +97,20 @@ class Saved:
         if about.get("format") != _FORMAT:
             raise self._refused(_FORMAT, f"format {about.get('format')!r}")
         self._need_same(json.loads(about["run"]))
-        for number, part in enumerate(parts):
-            prefix = f"{number}."
-            part.merge({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
-        for number, generator in enumerate(generators):
-            generator.set_state(tensors[f"generator.{number}"])
-        logger.info("going on after %s batches, from %s", about["batches"], self.path)
-        return int(about["batches"]), about["first"]
+        return about, tensors
 
     def save(self, count: int, first: str, parts: Sequence[Part], generators: Sequence[torch.Generator]) -> None:
         """Write everything if it is time to. The file is replaced at once: a kill leaves the old one or the new."""
         if time.monotonic() - self._last < self.every:
             return
+        named = {str(number): part for number, part in enumerate(parts)}
+        if self._before is not None:
+            named["before"] = self._before
         # Cloned, because the format holds no two tensors that share memory.
-        states = {f"{i}.{name}": t.cpu().clone() for i, part in enumerate(parts) for name, t in part.state().items()}
+        states = {f"{key}.{name}": t.cpu().clone() for key, part in named.items() for name, t in part.state().items()}
         states |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(generators)}
         about = {"format": _FORMAT, "run": json.dumps(self.run), "batches": str(count), "first": first}
+        about["chunk"] = str(self.chunk)
         save_file({name: t.contiguous() for name, t in states.items()}, self._beside, metadata=about)
         os.replace(self._beside, self.path)
         self._last = time.monotonic()
@@ -92,10 +120,10 @@ class Saved:
         if saved and found != saved:
             raise self._refused("the same batches in the same order", "another first batch")
 
-    def need_count(self, count: int, saved: int) -> None:
+    def need_count(self, count: int, saved: int, of: str = "batches") -> None:
         """Raises a HapError if there are fewer batches than the saved state has seen."""
         if count < saved:
-            raise self._refused(f"{saved} batches or more", f"{count}")
+            raise self._refused(f"{saved} {of} or more", f"{count}")
 
     def remove(self) -> None:
         """Delete the file, and one that a kill left half written."""
@@ -119,6 +147,11 @@ class Saved:
             got=got,
             remedy="measure with the arguments it was begun with, delete the file, or name another",
         )
+
+
+def _of(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of one part, by their own names."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def identity(model: nn.Module, structure: Structure, **options: object) -> dict[str, str]:

@@ -26,7 +26,7 @@ class Walk:
     def __init__(self, processes: Processes | None = None, saved: Saved | None = None) -> None:
         self.processes = processes or Processes()
         self.saved = saved
-        self._under_way = False
+        self._under_way = self._in_chunks = False
 
     def over(
         self,
@@ -69,8 +69,32 @@ class Walk:
             self.saved.need_count(count, start)
         self._under_way = False
         self.processes.add_up(parts, (count, first))
+        self._under_way = self._in_chunks
+
+    def resume(self, before: Part) -> int:
+        """Before data is read in chunks, each by `over`: fills an empty part with what those came to that are done.
+
+        Every process gets what the one that came furthest had saved.
+
+        Returns:
+            How many chunks that were.
+
+        Raises:
+            HapError: as `over` does.
+        """
+        self._under_way = True
         if self.saved:
-            self.saved.remove()
+            self.saved.restore_before(before)
+        self._under_way = False
+        done = self.processes.furthest(before, self.saved.chunk if self.saved else 0)
+        self._under_way = self._in_chunks = True
+        self.next(done)
+        return done
+
+    def next(self, chunk: int) -> None:
+        """The chunk of this number comes now."""
+        if self.saved:
+            self.saved.chunk = chunk
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
