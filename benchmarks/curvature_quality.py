@@ -23,6 +23,7 @@ from hap.errors import HapError
 SHARES = (0.3, 0.5, 0.7)
 MEASURED = "the measured rise itself"
 MANY = 4
+MORE = 16_384  # images, for what takes one backward pass a batch
 
 Batches = list[batches.Batch]
 
@@ -57,7 +58,9 @@ def contenders(truth: Sequence[float] | None) -> Iterator[Contender]:
     yield Contender(f"gate-fisher, {MANY} draws", _criterion("gate-fisher", draws=MANY), random=True)
     yield Contender("gate-fisher + first order", _criterion(GateFisher(first_order=True)), random=True)
     yield Contender("gate-ggn + first order", _criterion(GateGGN(first_order=True)))
+    yield Contender(f"gate-fisher, {MORE:,} images", _criterion("gate-fisher", images=MORE), random=True)
     yield Contender("gate-fisher, joint choice", _joint("gate-fisher"), random=True)
+    yield Contender(f"gate-fisher, joint choice, {MORE:,} images", _joint("gate-fisher", images=MORE), random=True)
     yield Contender("gate-ggn, joint choice", _joint("gate-ggn"))
     for name, peer in PEERS.items():
         yield Contender(name, _peer(peer), random="OBDC" in name)
@@ -108,8 +111,11 @@ def _truth(setting: Setting, path: Path) -> list[float] | None:
     return [rises[unit] for unit in setting.units] if set(setting.units) <= set(rises) else None
 
 
-def _criterion(criterion: str | Criterion, draws: int | None = None) -> Callable[[Setting, Batches, int], Found]:
+def _criterion(
+    criterion: str | Criterion, draws: int | None = None, images: int | None = None
+) -> Callable[[Setting, Batches, int], Found]:
     def find(setting: Setting, data: Batches, seed: int) -> Found:
+        data = setting.calibration(images) if images else data
         samples = sum(map(batches.size, data))
         found = hap.measure(
             setting.model, data, None, setting.structure, criterion=criterion, samples=samples, draws=draws, seed=seed
@@ -127,8 +133,9 @@ def _by_score(scores: torch.Tensor) -> Found:
     return Found(rounded(scores), scores.argsort(stable=True).tolist())
 
 
-def _joint(criterion: str) -> Callable[[Setting, Batches, int], Found]:
+def _joint(criterion: str, images: int | None = None) -> Callable[[Setting, Batches, int], Found]:
     def find(setting: Setting, data: Batches, seed: int) -> Found:
+        data = setting.calibration(images) if images else data
         samples = sum(map(batches.size, data))
         found = hap.measure(
             setting.model, data, None, setting.structure, criterion=criterion, samples=samples, seed=seed, gram=True
