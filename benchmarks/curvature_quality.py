@@ -24,6 +24,8 @@ SHARES = (0.3, 0.5, 0.7)
 MEASURED = "the measured rise itself"
 MANY = 4
 MORE = 16_384  # images, for what takes one backward pass a batch
+TAYLOR = "torch-pruning Taylor"
+HELD_OUT = 4_096  # images that the dense network was not trained on
 
 Batches = list[batches.Batch]
 
@@ -34,6 +36,9 @@ class Found:
 
     scores: list[float]
     order: list[int]
+
+
+Find = Callable[[Setting, Batches, int], Found]
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,34 @@ class Contender:
     """
 
     name: str
-    find: Callable[[Setting, Batches, int], Found]
+    find: Find
     random: bool = False
 
 
-def contenders(truth: Sequence[float] | None) -> Iterator[Contender]:
+def contenders(truth: Sequence[float] | None, test: int = 0) -> Iterator[Contender]:
     """All criteria that are registered, variants of the gate criteria, the peers, and the truth where it is known."""
     for name, criterion in sorted(CRITERIA.items()):
         yield Contender(name, _criterion(name), bool(criterion.default_draws) or name == "random")
     yield Contender(f"gate-fisher, {MANY} draws", _criterion("gate-fisher", draws=MANY), random=True)
     yield Contender("gate-fisher + first order", _criterion(GateFisher(first_order=True)), random=True)
     yield Contender("gate-ggn + first order", _criterion(GateGGN(first_order=True)))
-    yield Contender(f"gate-fisher, {MORE:,} images", _criterion("gate-fisher", images=MORE), random=True)
     yield Contender("gate-fisher, joint choice", _joint("gate-fisher"), random=True)
-    yield Contender(f"gate-fisher, joint choice, {MORE:,} images", _joint("gate-fisher", images=MORE), random=True)
+    for name, find in (
+        ("gate-fisher", _criterion("gate-fisher")),
+        ("gate-fisher, joint choice", _joint("gate-fisher")),
+    ):
+        yield Contender(f"{name}, {MORE:,} images", _on(lambda s: s.calibration(MORE), find), random=True)
     yield Contender("gate-ggn, joint choice", _joint("gate-ggn"))
+    first_order = GateFisher(first_order=True)
+    for name, find in (
+        ("gate-fisher", _criterion("gate-fisher")),
+        ("gate-fisher + first order", _criterion(first_order)),
+        ("gate-fisher, joint choice", _joint("gate-fisher")),
+        ("gate-fisher + first order, joint choice", _joint(first_order)),
+        (TAYLOR, _peer(PEERS[TAYLOR])),
+    ):
+        held_out = _on(lambda setting: setting.held_out(test, HELD_OUT), find)
+        yield Contender(f"{name}, held-out images", held_out, random=name != TAYLOR)
     for name, peer in PEERS.items():
         yield Contender(name, _peer(peer), random="OBDC" in name)
     if truth is not None:
@@ -86,7 +104,7 @@ def quality(
         found = hap.evaluate(setting.model, setting.splits.test, samples=test)
         row = {"contender": "dense", "seed": 0, "accuracy": found.accuracy, "loss": found.loss}
         records.add(row, f"dense: {found.accuracy}")
-    for contender in contenders(_truth(setting, file(results, "truth", model))):
+    for contender in contenders(_truth(setting, file(results, "truth", model)), test):
         for seed in range(seeds if contender.random else 1):
             if clock.over() or only not in contender.name or records.has(contender=contender.name, seed=seed):
                 continue
@@ -111,11 +129,13 @@ def _truth(setting: Setting, path: Path) -> list[float] | None:
     return [rises[unit] for unit in setting.units] if set(setting.units) <= set(rises) else None
 
 
-def _criterion(
-    criterion: str | Criterion, draws: int | None = None, images: int | None = None
-) -> Callable[[Setting, Batches, int], Found]:
+def _on(data: Callable[[Setting], Batches], find: Find) -> Find:
+    """The same on other images than the rest."""
+    return lambda setting, _, seed: find(setting, data(setting), seed)
+
+
+def _criterion(criterion: str | Criterion, draws: int | None = None) -> Find:
     def find(setting: Setting, data: Batches, seed: int) -> Found:
-        data = setting.calibration(images) if images else data
         samples = sum(map(batches.size, data))
         found = hap.measure(
             setting.model, data, None, setting.structure, criterion=criterion, samples=samples, draws=draws, seed=seed
@@ -125,7 +145,7 @@ def _criterion(
     return find
 
 
-def _peer(peer: Callable[[Setting, Batches, int], torch.Tensor]) -> Callable[[Setting, Batches, int], Found]:
+def _peer(peer: Callable[[Setting, Batches, int], torch.Tensor]) -> Find:
     return lambda setting, data, seed: _by_score(peer(setting, data, seed))
 
 
@@ -133,9 +153,8 @@ def _by_score(scores: torch.Tensor) -> Found:
     return Found(rounded(scores), scores.argsort(stable=True).tolist())
 
 
-def _joint(criterion: str, images: int | None = None) -> Callable[[Setting, Batches, int], Found]:
+def _joint(criterion: str | Criterion) -> Find:
     def find(setting: Setting, data: Batches, seed: int) -> Found:
-        data = setting.calibration(images) if images else data
         samples = sum(map(batches.size, data))
         found = hap.measure(
             setting.model, data, None, setting.structure, criterion=criterion, samples=samples, seed=seed, gram=True
@@ -143,18 +162,19 @@ def _joint(criterion: str, images: int | None = None) -> Callable[[Setting, Batc
         inner = {family.name for family in setting.inner}
         places = torch.cat([torch.full((f.size,), f.name in inner) for f in setting.structure.families])
         assert found.gram is not None
-        return Found([], greedy(found.gram[places][:, places]))
+        return Found([], greedy(found.gram[places][:, places], setting.flat(found.scores)))
 
     return find
 
 
-def greedy(gram: torch.Tensor) -> list[int]:
-    """The order of removal: next goes the unit p with the smallest ``1/2 F_pp + sum over those gone F_pq``.
+def greedy(gram: torch.Tensor, scores: torch.Tensor) -> list[int]:
+    """The order of removal: next goes the unit p with the smallest ``score_p + sum over those gone F_pq``.
 
-    >>> greedy(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.2, 0.0], [0.0, 0.0, 1.4]]))
+    >>> gram = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.2, 0.0], [0.0, 0.0, 1.4]])
+    >>> greedy(gram, gram.diagonal() / 2)
     [0, 2, 1]
     """
-    rise, order = gram.diagonal() / 2, []
+    rise, order = scores.clone(), []
     for _ in range(len(gram)):
         unit = int(rise.argmin())
         order.append(unit)

@@ -54,6 +54,12 @@ class Setting:
         """The first calibration images: the same for every contender."""
         return list(batches.take(self.splits.calibration, samples, torch.device("cpu")))
 
+    def held_out(self, after: int, samples: int) -> list[batches.Batch]:
+        """Test images behind the first `after`, which give the reported numbers: as unseen as those, and disjoint."""
+        taken = list(batches.take(self.splits.test, after + samples, torch.device("cpu")))
+        images, labels = (torch.cat(parts)[after:].split(128) for parts in zip(*taken, strict=True))
+        return list(zip(images, labels, strict=True))
+
     def flat(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The inner units' values, in the order of `units`."""
         return torch.cat([scores[family.name] for family in self.inner])

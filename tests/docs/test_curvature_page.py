@@ -74,7 +74,7 @@ def test_greedy_takes_the_smallest_rise_each_time(load) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, 6, generator=generator, dtype=torch.float64)
     gram = rows.T @ rows
-    order = load("curvature_quality").greedy(gram)
+    order = load("curvature_quality").greedy(gram, gram.diagonal() / 2)
     assert sorted(order) == list(range(6))
     for count in range(6):
         gone = order[:count]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,12 +16,12 @@ from hap.planning.problem import Problem
 from hap.planning.state import State
 
 TRIALS = 200  # exchanges tried at most
+AT_ONCE = 24  # of them, those tried from one choice
 PAYS = 1e-4  # of the predicted loss: what an exchange must gain
 CHOICES = 4  # units of a family that are tried in turn
 TINY = 1e-300  # keeps a division by nothing quiet
 KEPT = 20_000  # layers whose steps are kept
 ROUNDING = 1e-12  # of the budget: a saving below is none
-AT_ONCE = 24  # of them, those tried from one choice
 
 
 What = Literal["smaller", "larger", "whole"]
@@ -126,22 +126,19 @@ class Exchange:
 
     def _promising(self, state: State) -> list[tuple[_Step, bool]]:
         """The steps to either side with the best ratio of loss to cost."""
-        now, found = self.used(state), []
+        now = self.used(state)
         # where units are independent, a family's next cheapest one is never better than its cheapest
         choices = 1 if self.problem.gram is None else CHOICES
-        for smaller in (False, True):
-            steps = [
-                (step.loss / max(float(np.abs(now - step.used).sum()), TINY), step)
-                for step in self.steps(state, smaller=smaller, choices=choices)
-            ]
-            steps.sort(key=lambda pair: pair[0])
-            found += [(step, smaller) for _, step in steps[: AT_ONCE // 2]]
-        whole = [
-            (step.loss / max(float(np.abs(now - step.used).sum()), TINY), step)
-            for step in self._of_layers(state, "whole")
+
+        def best(steps: Iterable[_Step], smaller: bool) -> list[tuple[_Step, bool]]:
+            by_rate = sorted(steps, key=lambda step: step.loss / max(float(np.abs(now - step.used).sum()), TINY))
+            return [(step, smaller) for step in by_rate[: AT_ONCE // 2]]
+
+        return [
+            *best(self.steps(state, smaller=False, choices=choices), smaller=False),
+            *best(self.steps(state, smaller=True, choices=choices), smaller=True),
+            *best(self._of_layers(state, "whole"), smaller=True),
         ]
-        whole.sort(key=lambda pair: pair[0])
-        return found + [(step, True) for _, step in whole[: AT_ONCE // 2]]
 
     def take(self, state: State, step: _Step, *, smaller: bool) -> None:
         """Carries a step out."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hap.errors import HapError
+
 
 def gpus_of(model: nn.Module) -> list[int]:
     """The indices of the GPUs that a model is on."""
@@ -47,13 +49,25 @@ class Randomness:
         return Randomness((torch.get_rng_state(), *gpus, *own), _data_state(batches))
 
     def set(self, model: nn.Module, batches: Any) -> None:
-        """Makes it the present state again."""
+        """Makes it the present state again.
+
+        Raises:
+            HapError: the data has another number of generators.
+        """
         cpu, *rest = self.states
         gpus = gpus_of(model)
         torch.set_rng_state(cpu)
         for index, state in zip(gpus, rest, strict=False):
             torch.cuda.set_rng_state(state, index)
-        for generator, state in zip(_generators(batches), rest[len(gpus) :], strict=True):
+        generators, states = _generators(batches), rest[len(gpus) :]
+        if len(generators) != len(states):
+            raise HapError(
+                "the data does not fit what is resumed",
+                expected=f"{len(states)} random generators, as the data had when it was saved",
+                got=f"{len(generators)}",
+                remedy="give the data as it was, or begin anew",
+            )
+        for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         if self.data is not None:
             batches.load_state_dict(self.data)
