@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 
 import hap
 from hap.errors import HapError
-from hap.implants import head_options, heads_of, narrow_heads
+from hap.implants import HEAD, VALUES, head_options, heads_of, narrow_heads
 from hap.implants.narrow import fit, moments, output_weight
 
 HEADS, WIDTH, INPUTS = 4, 8, 12
@@ -59,6 +62,16 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(part, torch.zeros(32, dtype=torch.long)) for part in x.split(32)]
 
 
+@contextmanager
+def contexts(attention: Attention) -> Iterator[list[torch.Tensor]]:
+    """What the output layer reads, (examples, heads, tokens, width)."""
+    seen: list[torch.Tensor] = []
+    note = lambda _, args: seen.append(args[0].unflatten(-1, (-1, WIDTH)).transpose(1, 2))  # noqa: E731
+    handle = attention.o.register_forward_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
 def test_where_heads_are(batches) -> None:
     heads = heads_of(hap.trace(build(), (batches[0][0],)))["0"]
     assert heads.modules == {"0.q", "0.k", "0.v", "0.o"} and heads.output.module == "0.o"
@@ -73,7 +86,7 @@ def test_what_is_undone_is_what_narrow_heads_miss(kind: str, batches) -> None:
     (options,) = head_options(model, structure, batches).values()
     assert [option.rank for option in options] == [4, 2, 1]
     heads = heads_of(structure)["0"]
-    (fitted,) = narrow_heads(model, {"0": (heads, 2)}, batches).values()
+    (fitted,) = narrow_heads(model, {"0": (heads, HEAD, 2)}, batches).values()
     narrow, layer = fitted.narrow, model[0]
     x = torch.cat([part for part, _ in batches])
     with torch.no_grad():
@@ -124,7 +137,6 @@ def test_the_fit_is_the_best_of_its_rank(batches) -> None:
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        ("rotary", "query are not what a linear layer gives"),
         ("eager", "no call of scaled_dot_product_attention"),
         ("gated", "its output layer reads something else"),
     ],
@@ -134,12 +146,29 @@ def test_heads_that_cannot_become_narrow(kind: str, problem: str, batches) -> No
     structure = hap.trace(model, (batches[0][0],))
     assert head_options(model, structure, batches) == {}
     with pytest.raises(HapError, match=problem):
-        narrow_heads(model, {"0": (heads_of(structure)["0"], 4)}, batches)
+        narrow_heads(model, {"0": (heads_of(structure)["0"], HEAD, 4)}, batches)
 
 
-def test_a_norm_of_each_head(batches) -> None:
-    model = build("norm")
-    assert head_options(model, hap.trace(model, (batches[0][0],)), batches) == {}
+@pytest.mark.parametrize(("kind", "problem"), [("rotary", "its query are not"), ("norm", "its key, query are not")])
+def test_where_queries_and_keys_must_stay_values_become_narrow(kind: str, problem: str, batches) -> None:
+    """What is undone is what narrow values miss, written out."""
+    model = build(kind)
+    structure = hap.trace(model, (batches[0][0],))
+    (options,) = head_options(model, structure, batches).values()
+    assert [(option.form, option.rank) for option in options] == [(VALUES, 4), (VALUES, 2), (VALUES, 1)]
+    heads = heads_of(structure)["0"]
+    with pytest.raises(HapError, match=problem):
+        narrow_heads(model, {"0": (heads, HEAD, 2)}, batches)
+    (fitted,) = narrow_heads(model, {"0": (heads, VALUES, 2)}, batches).values()
+    x = torch.cat([part for part, _ in batches])
+    weight = model[0].o.weight.unflatten(1, (-1, WIDTH)).movedim(1, 0)  # (heads, outputs, width)
+    with contexts(model[0]) as seen, torch.no_grad():
+        model[0](x)
+        full = seen[0] @ weight.mT
+        missed = full - seen[0] @ fitted.narrow.value @ fitted.narrow.output.mT
+    want = missed.var((0, 2), unbiased=False).sum(-1) / full.var((0, 2), unbiased=False).sum(-1)
+    assert torch.allclose(options[1].undone, want, atol=1e-9)
+    assert all((a.undone <= b.undone + 1e-9).all() for a, b in zip(options, options[1:], strict=False))
 
 
 def test_layers_that_are_left_alone(batches) -> None:
@@ -224,7 +253,7 @@ def test_attention_that_calls_attention_is_left_alone(before: bool, layers: list
     assert set(heads_of(structure)) == {"0", "0.cross"}
     assert list(head_options(net, structure, batches[:1], layers=layers)) == (["0.cross"] if layers is None else [])
     with pytest.raises(HapError, match="another attention module|several times"):
-        narrow_heads(net, {"0": (heads_of(structure)["0"], 4)}, batches[:1])
+        narrow_heads(net, {"0": (heads_of(structure)["0"], HEAD, 4)}, batches[:1])
 
 
 def test_a_forward_of_the_instance_is_left_alone(batches) -> None:

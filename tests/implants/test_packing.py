@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from hap.errors import HapError
 from hap.implants import Packing, packed_type
-from hap.implants.packing import attend
 
 WIDTH, TOKENS = 8, 5
 
@@ -48,7 +47,7 @@ def test_attends_as_written_out(packing: Packing, mask: str) -> None:
         bias = torch.zeros(2, 1, TOKENS, TOKENS).double().masked_fill(~visible, -torch.inf)
     if mask == "causal":
         bias = torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)[None, None]
-    y = attend(packing, q, k, v, given, is_causal=mask == "causal")
+    y = packing.attend(q, k, v, given, is_causal=mask == "causal")
     want = written_out(packing, q, k, v, bias if bias is None else bias.expand(2, -1, -1, -1))
     assert torch.allclose(y.transpose(1, 2).flatten(2), want, atol=1e-12)
 
@@ -76,7 +75,7 @@ def test_a_module_stays_what_it_was() -> None:
     assert type(module) is packed_type(Attention, Packing(1, 2)) and "1 heads of 2 narrow ones each" in repr(module)
     x = draw(2, TOKENS, 6)
     q = module.q(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2)
-    assert torch.equal(module(x), attend(Packing(1, 2), q, q, q))
+    assert torch.equal(module(x), Packing(1, 2).attend(q, q, q))
 
 
 def test_copies_and_pickles() -> None:

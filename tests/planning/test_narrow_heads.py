@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import hap
 from hap.errors import HapError
-from hap.implants import HEAD, Option, heads_of
+from hap.implants import HEAD, VALUES, Option, heads_of
 from hap.planning import CostModel, Implant, compose
+from hap.planning.cost import Share
 from hap.planning.problem import Implantable
 
 X = torch.randn(8, 5, 12, generator=torch.Generator().manual_seed(0))
@@ -47,10 +48,10 @@ def structure(model: nn.Module) -> hap.Structure:
     return hap.trace(model, (X,))
 
 
-def offered(structure: hap.Structure, *shares: tuple[int, float]) -> dict[str, tuple[Option, ...]]:
+def offered(structure: hap.Structure, *shares: tuple[int, float], form: str = HEAD) -> dict[str, tuple[Option, ...]]:
     """Ranks, with what each leaves undone of every head."""
     ones = torch.ones(HEADS, dtype=torch.float64)
-    return {name: tuple(Option(HEAD, rank, share * ones) for rank, share in shares) for name in heads_of(structure)}
+    return {name: tuple(Option(form, rank, share * ones) for rank, share in shares) for name in heads_of(structure)}
 
 
 def scored(structure: hap.Structure, scores: list[list[float]]) -> hap.Sensitivity:
@@ -71,6 +72,20 @@ def test_cost_is_that_of_as_many_full_heads(structure) -> None:
         same = dict(masks)
         same[first.name] = np.arange(HEADS) >= HEADS - 1 - len(indices) + -(-len(indices) // parts)
         assert cost(masks, {"0": Implant(indices, HEAD, rank)}) == cost(same, {})
+        saved, whole = len(indices) - -(-len(indices) // parts), cost(masks, {})
+        values = cost(masks, {"0": Implant(indices, VALUES, rank)})
+        assert whole.params - values.params == saved * WIDTH * (12 + 1 + 12)  # rows, their biases, and columns
+        assert whole.heads - values.heads == saved * WIDTH * (12 + 12)
+        assert whole.macs - values.macs == saved * WIDTH * (12 + 12) * X.shape[1]
+
+
+@pytest.mark.parametrize("form", [HEAD, VALUES])
+def test_no_more_heads_share_a_place_than_are_left(structure, form: str) -> None:
+    cost = CostModel(structure)
+    for gone, saved in ((3, 2), (4, 1), (5, 0)):
+        place = cost.place(np.array([gone, 0]))
+        one = place.layer("0") - place.layer("0", Share(2, form, 1)) if gone < 5 else np.zeros(3)
+        assert np.array_equal(place.layer("0") - place.layer("0", Share(4, form, 1)), saved * one)
 
 
 def test_the_papers_rule_halves_the_most_sensitive(structure) -> None:
@@ -118,13 +133,13 @@ def test_the_papers_rule_meets_the_budget(structure, keep: float, ratio: float) 
     assert sum(map(len, gone)) - sum(map(len, pruned)) <= 1
 
 
-def exhaustive(structure: hap.Structure, scores: list[list[float]], share: float, keep: float) -> float:
+def exhaustive(scores: list[list[float]], share: float, keep: float, saves: float) -> float:
     """The least predicted loss over all choices: how many heads of each module leave, or become narrow by two."""
     best = np.inf
     ranked = [sorted(s) for s in scores]
     numbers = [(gone, narrow) for gone in range(HEADS) for narrow in range(0, HEADS - gone + 1, 2)]
     for choice in itertools.product(numbers, repeat=2):
-        left = sum(HEADS - gone - narrow // 2 for gone, narrow in choice)
+        left = sum(HEADS - gone - narrow // 2 * saves for gone, narrow in choice)
         if left <= keep * 2 * HEADS + 1e-9:
             # for given numbers, who leaves is least sensitive, and who becomes narrow comes next
             loss = sum(sum(s[:g]) + share * sum(s[g : g + n]) for s, (g, n) in zip(ranked, choice, strict=True))
@@ -134,16 +149,18 @@ def exhaustive(structure: hap.Structure, scores: list[list[float]], share: float
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("keep", [0.8, 0.5, 0.34])
-def test_optimal_is_the_best_of_all_choices(structure, keep: float, share: float) -> None:
+@pytest.mark.parametrize(("form", "saves"), [(HEAD, 1), (VALUES, 0.5)])
+def test_optimal_is_the_best_of_all_choices(structure, keep: float, share: float, form: str, saves: float) -> None:
     plan = hap.decide(
         structure,
         scored(structure, SCORES),
         hap.Budget(heads=keep),
         mode="optimal",
-        options=offered(structure, (2, share)),
+        options=offered(structure, (2, share), form=form),
     )
     assert plan.small.heads <= keep * plan.dense.heads
-    assert plan.predicted == pytest.approx(exhaustive(structure, SCORES, share, keep), rel=0.05)
+    assert plan.predicted == pytest.approx(exhaustive(SCORES, share, keep, saves), rel=0.05)
+    assert {implant.form for implant in plan.implants.values()} <= {form}
 
 
 def test_steps_fill_places() -> None:

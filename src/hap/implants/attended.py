@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -29,7 +29,7 @@ class Call:
         query, key, value: what it is given, ``(..., heads, tokens, width)``.
         mask, causal, scale: how it is called.
         context: what it gives and the output layer reads, as they.
-        places: where the weights of queries, keys and values are.
+        places: where the weights of queries, keys and values are; of those alone that a linear layer gives as they are.
     """
 
     query: torch.Tensor
@@ -50,8 +50,8 @@ def watch(model: nn.Module, sites: Mapping[str, Heads], batches: Iterable[Batch]
 
     Returns:
         The modules whose heads cannot become narrow, each with the reason: something other than linear layers stands
-        before or after the attention call, the call is not ``scaled_dot_product_attention``, or there are several, as
-        where one attention module calls another. Not all of their calls are visited.
+        between values and attention call or after it, the call is not ``scaled_dot_product_attention``, or there are
+        several, as where one attention module calls another. Not all of their calls are visited.
     """
     with evaluating(model), opened(model), torch.no_grad():
         found = {name: _Site(heads) for name, heads in sites.items()}
@@ -107,16 +107,16 @@ class _Watch(TorchFunctionMode):
         heads, call = site.heads, site.call
         if site.problem is not None or call is None:
             return
-        (positions,) = heads.chunks(heads.member(heads.output.weight))
-        read = x.reshape(-1, x.shape[-1])[:, torch.tensor(positions, device=x.device)]
+        positions = torch.tensor(heads.chunks(heads.member(heads.output.weight)), device=x.device)
+        read = x.reshape(-1, x.shape[-1])[:, positions.transpose(0, 1).flatten(0, 1)]
         query, key, value, y = call
         if not _same(_tokens(y), read):
             site.problem = "its output layer reads something else than the heads"
             return
-        site.places = site.places or _places(site, {"query": query, "key": key, "value": value})
-        if len(site.places) < len(get_args(Part)):
-            missing = ", ".join(sorted(set(get_args(Part)) - set(site.places)))
-            site.problem = f"its {missing} are not what a linear layer gives (rotary positions, a norm of each head)"
+        shared = value.shape[-3] // heads.family.size  # the model may have repeated it for each of a group
+        site.places = site.places or _places(site, {"query": query, "key": key, "value": value[..., ::shared, :, :]})
+        if "value" not in site.places:
+            site.problem = missing(site.places)
             return
         self.visit(heads.module, Call(query, key, value, *site.how, y, site.places))
         site.visited, site.call = True, None
@@ -140,11 +140,19 @@ def _attended(
     site.calls += 1
     if site.calls > 1 or site.call is not None:
         site.problem = "it calls scaled_dot_product_attention several times"
-    if any(x.ndim < 3 or x.shape[-3] != site.heads.family.size for x in (query, key, value)):
+    size, group = site.heads.family.size, site.heads.group
+    allowed = ((query, (size * group,)), (key, (size, size * group)), (value, (size, size * group)))
+    if any(x.ndim < 3 or x.shape[-3] not in counts for x, counts in allowed):
         site.problem = "queries and keys have not one head for each unit"
         return
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     site.call, site.how = (query, key, value, y), (attn_mask, is_causal, scale)
+
+
+def missing(places: Collection[Part]) -> str:
+    """What stands in the way of narrow queries, keys and values alike."""
+    names = ", ".join(sorted(set(get_args(Part)) - set(places)))
+    return f"its {names} are not what a linear layer gives (rotary positions, a norm of each head)"
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

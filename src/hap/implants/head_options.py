@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from hap.batches import Batch, device_of, take
 from hap.implants.attended import Call, watch
-from hap.implants.heads import HEAD, Heads, heads_of
-from hap.implants.narrow import Narrow, Sums, fit, moments, output_weight, seen, tokens
+from hap.implants.heads import HEAD, VALUES, Heads, heads_of
+from hap.implants.narrow import Moments, Narrow, Sums, against, fit, moments, output_weight, seen, tokens
 from hap.implants.options import Option
+from hap.implants.tried import bears
+from hap.implants.values import Contexts, fit_values, undone
 from hap.types import Progress, Structure, silent
 
 
@@ -29,8 +31,10 @@ def head_options(
 
     What a rank leaves undone of a head is the share of the energy of what it adds to the output, about its mean where
     the output layer has a bias, that the fitted narrow head misses on the data: errors of scores and of values
-    together. Two passes over the data are made. Modules whose attention cannot be told to have narrow heads are left
-    out: eager attention, rotary positions, a norm or a positional bias of each head, grouped queries.
+    together. Two passes over the data are made. Where queries and keys must stay (rotary positions, a norm of each
+    head, grouped queries), values and output alone become narrow, form ``value-head``. Modules whose attention cannot
+    be told to have narrow heads are left out: eager attention, a positional bias of each head; and where values must be
+    narrow alone, values that one layer writes with queries, or whose heads the model's own code counts.
 
     Args:
         model: the dense model; left as it is.
@@ -53,8 +57,20 @@ def head_options(
     data = list(take(batches, samples, device_of(model)))
     found, _ = moments(model, sites, progress(data, "fitting narrow heads", len(data)))
     weights = {name: output_weight(model, sites[name]) for name in found}
+    whole = {name: each for name, each in found.items() if isinstance(each, Moments)}
+    alone = {
+        name: sites[name]
+        for name, each in found.items()
+        if name not in whole and sites[name].family.size > 1 and against(each, sites[name], VALUES) is None
+    }
+    values = {
+        name: _of_values(found[name], weights[name], heads)
+        for name, heads in (bears(model, alone, data[0]) if alone else {}).items()
+    }
+    if not whole:
+        return values
     fitted = {
-        name: {rank: fit(each, weights[name], rank) for rank in sites[name].ranks()} for name, each in found.items()
+        name: {rank: fit(each, weights[name], rank) for rank in sites[name].ranks()} for name, each in whole.items()
     }
     sums = {name: {rank: Sums() for rank in each} for name, each in fitted.items()}
 
@@ -63,14 +79,20 @@ def head_options(
         for rank, narrow in fitted[name].items():
             sums[name][rank].add(tokens(torch.cat([call.context, _context(call, narrow)], -1), there))
 
-    watch(model, {name: sites[name] for name in found}, progress(data, "trying narrow heads", len(data)), add)
-    return {
+    watch(model, {name: sites[name] for name in whole}, progress(data, "trying narrow heads", len(data)), add)
+    return values | {
         name: tuple(
             Option(HEAD, rank, _undone(each, fitted[name][rank], weights[name], sites[name]))
             for rank, each in by_rank.items()
         )
         for name, by_rank in sums.items()
     }
+
+
+def _of_values(found: Contexts, weight: torch.Tensor, heads: Heads) -> tuple[Option, ...]:
+    """The ranks of narrow values. Scores are exact, so that what is missed follows from the moments."""
+    fitted = {rank: fit_values(found, weight, rank, heads.group) for rank in heads.ranks()}
+    return tuple(Option(VALUES, rank, undone(found, each, weight, heads.group)) for rank, each in fitted.items())
 
 
 def _context(call: Call, narrow: Narrow) -> torch.Tensor:

@@ -11,52 +11,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
 from hap.batches import Batch
 from hap.errors import HapError
-from hap.implants.attended import Call, Part, Place, watch
-from hap.implants.heads import Heads
-
-SMALLEST = 1e-12  # of the largest variance: directions with less are taken for never seen
+from hap.implants.attended import Call, Part, Place, missing, watch
+from hap.implants.heads import HEAD, VALUES, Heads
+from hap.implants.values import Contexts, Values, fit_values, norms, roots
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
-    """Of the heads of one module over all tokens, float64.
+class Moments(Contexts):
+    """Of queries and keys too, where linear layers give them.
 
     Attributes:
         query: ``E q q'``, (heads, width, width).
         key: the covariance of keys.
-        context: ``E z z'``, of what the output layer reads; the covariance where that layer has a bias.
-        mean: ``E z`` where it has a bias, else zeros; (heads, width).
-        places: where the weights of queries, keys and values are.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    context: torch.Tensor
-    mean: torch.Tensor
-    places: Mapping[Part, Place]
 
 
 @dataclass(frozen=True, eq=False)
-class Narrow:
-    """What narrow heads of one rank keep of every head of a module, float64.
+class Narrow(Values):
+    """What narrow heads keep.
 
     Attributes:
-        query, key, value: a narrow head reads ``q' query`` and so on, each (heads, width, rank).
-        output: the weight by which the narrow context counts, (heads, outputs, rank).
-        shift: what the bias of the output layer must add for each head, (heads, outputs).
+        query, key: a narrow head reads ``q' query`` and ``k' key``, each (heads, width, rank).
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    shift: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +54,11 @@ class FittedHeads:
 
     Attributes:
         narrow: what they keep of every head.
-        parts: for each weight and bias of queries, keys and values, and the chunk of it, which of these it holds.
+        parts: for each weight and bias of queries, keys and values that changes, and the chunk of it, which of these it
+            holds.
     """
 
-    narrow: Narrow
+    narrow: Values
     parts: Mapping[Place, Part]
 
     def basis(self, tensor: str, chunk: int) -> torch.Tensor:
@@ -126,31 +116,44 @@ def seen(call: Call) -> torch.Tensor | None:
 
 def moments(
     model: nn.Module, sites: Mapping[str, Heads], batches: Iterable[Batch]
-) -> tuple[dict[str, Moments], dict[str, str]]:
-    """The moments of each module's heads, by name; and the modules whose heads cannot become narrow, each with why."""
+) -> tuple[dict[str, Contexts], dict[str, str]]:
+    """The moments of each module's heads, by name; and the modules whose heads cannot become narrow, each with why.
+
+    They are `Moments` where queries and keys can become narrow too.
+    """
     sums: dict[str, dict[Part, Sums]] = {name: {} for name in sites}
     places: dict[str, Mapping[Part, Place]] = {}
 
     def add(name: str, call: Call) -> None:
-        there = seen(call)
-        parts: dict[Part, torch.Tensor] = {"query": call.query, "key": call.key, "value": call.context}
+        there, heads = seen(call), sites[name]
+        context = tokens(call.context, there).unflatten(1, (heads.family.size, heads.group)).flatten(2)
+        parts: dict[Part, torch.Tensor] = {"value": context}
+        if _whole(heads, call.places):
+            parts |= {"query": tokens(call.query, there), "key": tokens(call.key, there)}
         for part, x in parts.items():
-            sums[name].setdefault(part, Sums()).add(tokens(x, there))
+            sums[name].setdefault(part, Sums()).add(x)
         places[name] = call.places
 
     refused = watch(model, sites, batches, add)
     return {
-        name: _moments(sums[name], places[name], biased=heads.output.bias is not None)
-        for name, heads in sites.items()
-        if name not in refused
+        name: _moments(sums[name], places[name], heads) for name, heads in sites.items() if name not in refused
     }, refused
 
 
-def _moments(sums: Mapping[Part, Sums], places: Mapping[Part, Place], *, biased: bool) -> Moments:
-    (query, _), (key, key_mean), (context, mean) = (sums[part].moments() for part in ("query", "key", "value"))
-    if not biased:
+def _whole(heads: Heads, places: Mapping[Part, Place]) -> bool:
+    """Whether queries and keys can become narrow."""
+    return HEAD in heads.forms() and len(places) == len(get_args(Part))
+
+
+def _moments(sums: Mapping[Part, Sums], places: Mapping[Part, Place], heads: Heads) -> Contexts:
+    context, mean = sums["value"].moments()
+    if heads.output.bias is None:
         mean = torch.zeros_like(mean)
-    return Moments(query, key - _outer(key_mean), context - _outer(mean), mean, places)
+    context = context - _outer(mean)
+    if not _whole(heads, places):
+        return Contexts(context, mean, places)
+    (query, _), (key, key_mean) = sums["query"].moments(), sums["key"].moments()
+    return Moments(context, mean, places, query, key - _outer(key_mean))
 
 
 def _outer(x: torch.Tensor) -> torch.Tensor:
@@ -165,63 +168,63 @@ def fit(found: Moments, weight: torch.Tensor, rank: int) -> Narrow:
         weight: how the output layer reads each head, (heads, outputs, width).
         rank: their width.
     """
-    q, q_inverse = _roots(found.query)
-    k, k_inverse = _roots(found.key)
+    q, q_inverse = roots(found.query)
+    k, k_inverse = roots(found.key)
     u, s, v = torch.linalg.svd(q @ k)
     root = s[:, None, :rank].sqrt()
     query, key = q_inverse @ u[:, :, :rank] * root, k_inverse @ v.mT[:, :, :rank] * root
-    balance = (_norms(key) / _norms(query)).sqrt()  # as much of a score lies in queries as in keys
-    z, z_inverse = _roots(found.context)
-    u, s, v = torch.linalg.svd(weight.double() @ z, full_matrices=False)
-    value, output = z_inverse @ v.mT[:, :, :rank], u[:, :, :rank] * s[:, None, :rank]
-    length = _norms(value)  # values stay as large as they are
-    value, output = value / length, output * length
-    missed = weight.double() - output @ value.mT
-    return Narrow(query * balance, key / balance, value, output, (missed @ found.mean[:, :, None]).squeeze(-1))
-
-
-def _norms(columns: torch.Tensor) -> torch.Tensor:
-    """Their lengths, (heads, 1, columns); 1 for those that are zero."""
-    length = columns.norm(dim=1, keepdim=True)
-    return torch.where(length > 0, length, 1.0)
-
-
-def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square root of positive matrices, and its pseudo-inverse."""
-    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    there = values > SMALLEST * values[:, -1:].clamp_min(1e-300)
-    root = torch.where(there, values.clamp_min(0).sqrt(), 0.0)
-    inverse = torch.where(there, 1 / root, 0.0)
-    return (vectors * root[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT
+    balance = (norms(key) / norms(query)).sqrt()  # as much of a score lies in queries as in keys
+    values = fit_values(found, weight, rank, 1)
+    return Narrow(values.value, values.output, values.shift, query * balance, key / balance)
 
 
 def output_weight(model: nn.Module, heads: Heads) -> torch.Tensor:
-    """How the output layer reads each head: (heads, outputs, width)."""
+    """How the output layer reads each head: (heads, outputs, group * width)."""
     member = heads.member(heads.output.weight)
     weight = model.get_parameter(member.parameter).detach().movedim(member.axis, -1)
-    (positions,) = heads.chunks(member)
-    return weight[:, torch.tensor(positions, device=weight.device)].movedim(1, 0)
+    positions = torch.tensor(heads.chunks(member), device=weight.device)  # (group, heads, width)
+    return weight[:, positions.transpose(0, 1).flatten(1)].movedim(1, 0)
 
 
 def narrow_heads(
-    model: nn.Module, sites: Mapping[str, tuple[Heads, int]], batches: Iterable[Batch]
+    model: nn.Module, sites: Mapping[str, tuple[Heads, str, int]], batches: Iterable[Batch]
 ) -> dict[str, FittedHeads]:
-    """For each module, with its heads and a rank, the narrow heads that are closest to them on the data.
+    """For each module, with its heads, a form and a rank, the narrow heads that are closest to them on the data.
 
     Raises:
         HapError: its heads cannot become narrow (says why).
     """
-    found, refused = moments(model, {name: heads for name, (heads, _) in sites.items()}, batches)
-    for name, problem in refused.items():
+    found, refused = moments(model, {name: heads for name, (heads, *_) in sites.items()}, batches)
+    for name, (heads, form, _) in sites.items():
+        problem = refused.get(name) or against(found[name], heads, form)
+        if problem is None:
+            continue
         raise HapError(
             f"the heads of {name!r} cannot become narrow: {problem}",
             expected="queries, keys, values and output by linear layers around one scaled_dot_product_attention",
             remedy="let hap.implants.head_options say which heads can; attn_implementation='sdpa' in transformers",
         )
-    return {
-        name: FittedHeads(fit(found[name], output_weight(model, heads), rank), _parts(heads, found[name].places))
-        for name, (heads, rank) in sites.items()
-    }
+    return {name: _fitted(found[name], model, *site) for name, site in sites.items()}
+
+
+def against(found: Contexts, heads: Heads, form: str) -> str | None:
+    """Why a module's heads cannot have this form, though they attend as they should; None where they can."""
+    if form not in heads.forms():
+        return f"form {form!r} is not for its layers"
+    if form == HEAD and not isinstance(found, Moments):
+        return missing(found.places)
+    if form == VALUES and (heads.values is None or found.places["value"] != (heads.values.weight, 0)):
+        return "its values are not what the last of three linear layers gives"
+    return None
+
+
+def _fitted(found: Contexts, model: nn.Module, heads: Heads, form: str, rank: int) -> FittedHeads:
+    weight = output_weight(model, heads)
+    if form == HEAD:
+        assert isinstance(found, Moments)
+        return FittedHeads(fit(found, weight, rank), _parts(heads, found.places))
+    values = fit_values(found, weight, rank, heads.group)
+    return FittedHeads(values, _parts(heads, {"value": found.places["value"]}))
 
 
 def _parts(heads: Heads, places: Mapping[Part, Place]) -> dict[Place, Part]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hap.errors import HapError
+from hap.implants.value_packing import ValuePacking
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,46 @@ class Packing:
     packed: int
     parts: int
 
+    def __str__(self) -> str:
+        return f"{self.packed} heads of {self.parts} narrow ones each"
 
-_DERIVED: dict[tuple[type[nn.Module], Packing], type[nn.Module]] = {}  # a class is made once
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """``scaled_dot_product_attention`` of heads ``(..., heads, tokens, width)`` of which the last are packed.
+
+        Where the mask has an axis of heads, all parts of a packed one have its mask.
+        """
+        full = query.shape[-3] - self.packed
+        heads = (query, key, value)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        masks = (attn_mask, attn_mask)
+        if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
+            wide, narrow = attn_mask.split([full, self.packed], -3)
+            masks = (wide, narrow.repeat_interleave(self.parts, -3))
+        q, k, v = (_unpacked(x[..., full:, :, :], self.parts) for x in heads)
+        y = F.scaled_dot_product_attention(q, k, v, masks[1], dropout_p, is_causal, scale=scale)
+        y = y.unflatten(-3, (self.packed, self.parts)).movedim(-3, -2).flatten(-2)
+        if not full:
+            return y
+        q, k, v = (x[..., :full, :, :] for x in heads)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, masks[0], dropout_p, is_causal, scale=scale), y], -3)
 
 
-def packed_type(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
+Packed = Packing | ValuePacking
+
+_DERIVED: dict[tuple[type[nn.Module], Packed], type[nn.Module]] = {}  # a class is made once
+
+
+def packed_type(base: type[nn.Module], packing: Packed) -> type[nn.Module]:
     """The class, derived from `base`, of modules whose last heads are packed; for ``module.__class__``.
 
     Such a module computes each narrow head by its own narrow attention call, with the scale of the full heads. It is
@@ -46,7 +82,7 @@ def packed_type(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
     return _DERIVED[key]
 
 
-def _derived(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
+def _derived(base: type[nn.Module], packing: Packed) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _Unpacking(packing) as calls:
             y = base.forward(self, *args, **kwargs)
@@ -63,13 +99,13 @@ def _derived(base: type[nn.Module], packing: Packing) -> type[nn.Module]:
 
     def extra_repr(self: nn.Module) -> str:
         own = base.extra_repr(self)
-        return f"{own}{', ' if own else ''}{packing.packed} heads of {packing.parts} narrow ones each"
+        return f"{own}{', ' if own else ''}{packing}"
 
     methods = {"forward": forward, "__reduce_ex__": reduce, "extra_repr": extra_repr, "packing": packing}
     return type(f"Packed{base.__name__}", (base,), {**methods, "__module__": base.__module__})
 
 
-def _blank(base: type[nn.Module], packing: Packing) -> nn.Module:
+def _blank(base: type[nn.Module], packing: Packed) -> nn.Module:
     """A module without its state, for copies."""
     made = packed_type(base, packing)
     return made.__new__(made)
@@ -82,7 +118,7 @@ class _Unpacking(TorchFunctionMode):
         seen: whether there was any call.
     """
 
-    def __init__(self, packing: Packing) -> None:
+    def __init__(self, packing: Packed) -> None:
         super().__init__()
         self.packing = packing
         self.seen = False
@@ -96,39 +132,8 @@ class _Unpacking(TorchFunctionMode):
                     remedy="protect the module whose attention calls another attention module",
                 )
             self.seen = True
-            return attend(self.packing, *args, **(kwargs or {}))
+            return self.packing.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def attend(
-    packing: Packing,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """``scaled_dot_product_attention`` of heads ``(..., heads, tokens, width)`` of which the last are packed.
-
-    Where the mask has an axis of heads, all parts of a packed one have its mask.
-    """
-    full = query.shape[-3] - packing.packed
-    heads = (query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    masks = (attn_mask, attn_mask)
-    if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
-        wide, narrow = attn_mask.split([full, packing.packed], -3)
-        masks = (wide, narrow.repeat_interleave(packing.parts, -3))
-    q, k, v = (_unpacked(x[..., full:, :, :], packing.parts) for x in heads)
-    y = F.scaled_dot_product_attention(q, k, v, masks[1], dropout_p, is_causal, scale=scale)
-    y = y.unflatten(-3, (packing.packed, packing.parts)).movedim(-3, -2).flatten(-2)
-    if not full:
-        return y
-    q, k, v = (x[..., :full, :, :] for x in heads)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, masks[0], dropout_p, is_causal, scale=scale), y], -3)
 
 
 def _unpacked(x: torch.Tensor, parts: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hap.errors import HapError
-from hap.implants import HEAD, Heads, Option, heads_of
+from hap.implants import Heads, Option, heads_of
 from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
 
@@ -31,7 +31,7 @@ class Candidates:
         families, layers: what the indices refer to.
         forced: for each family, a mask over the units that leave in any case.
         implants: for each family and unit, the filters that an implant would replace, by layer index.
-        heads: for each family of heads that may become narrow, where they are.
+        heads: for each family of heads that may become narrow, where they are, and the form.
     """
 
     score: np.ndarray
@@ -42,7 +42,7 @@ class Candidates:
     layers: tuple[Layer, ...]
     forced: dict[str, np.ndarray]
     implants: dict[int, dict[int, tuple[tuple[int, ...], ...]]]
-    heads: dict[int, Heads]
+    heads: dict[int, tuple[Heads, str]]
 
     def __len__(self) -> int:
         return len(self.score)
@@ -124,12 +124,13 @@ def candidates(
 
 def _narrowable(
     structure: Structure, bounds: Constraints, families: tuple[Family, ...], options: Mapping[str, Sequence[Option]]
-) -> dict[int, Heads]:
+) -> dict[int, tuple[Heads, str]]:
     """The families whose heads may become narrow; not those that keep a multiple of units."""
     offered = {
-        heads.family.name: heads
+        heads.family.name: (heads, option.form)
         for name, heads in heads_of(structure).items()
-        if bounds.round_to == 1 and any(option.form == HEAD for option in options.get(name, ()))
+        for option in reversed(options.get(name, ()))
+        if bounds.round_to == 1 and option.form in heads.forms()
     }
     return {i: offered[family.name] for i, family in enumerate(families) if family.name in offered}
 

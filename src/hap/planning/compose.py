@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from hap.errors import HapError
-from hap.implants import HEAD, heads_of
+from hap.implants import NARROW, heads_of
 from hap.planning.plan import Decision, Implant, Plan
 
 Key = tuple[str, int]  # a tensor and one of its axes
@@ -99,7 +99,7 @@ def _check(first: Plan, second: Plan, left: dict[Key, list[int]]) -> None:
 
 
 def _mapped(first: Plan, module: str, implant: Implant, left: dict[Key, list[int]]) -> Implant:
-    if implant.form == HEAD:
+    if implant.form in NARROW:
         kept = first.decisions[heads_of(first.structure)[module].family.name].keep
         return dataclasses.replace(implant, indices=tuple(kept[i] for i in implant.indices))
     layer = first.structure.layer(module)

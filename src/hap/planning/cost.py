@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hap.implants import HEAD, form_of, heads_of, packs
+from hap.implants import NARROW, Heads, form_of, heads_of, packs
 from hap.planning.latency_table import LatencyTable
 from hap.planning.plan import Implant
 from hap.types import Cost, Layer, Structure
@@ -42,6 +42,27 @@ class _Weight:
     columns: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Heads of one module that may become narrow.
+
+    Attributes:
+        family: index of their family.
+        size: how many they are.
+        width: of one.
+        taken: for each form, the positions along every axis that a head takes where narrow ones can share its place.
+    """
+
+    family: int
+    size: int
+    width: int
+    taken: Mapping[str, np.ndarray]
+
+    def saved(self, count: np.ndarray, share: Share) -> np.ndarray:
+        """How many places `count` narrow heads save: several lie in one."""
+        return count - packs(count, self.width // (share.rank or self.width))
+
+
 class CostModel:
     """Parameters, MACs and (with a table) latency as a function of the choices made.
 
@@ -66,11 +87,7 @@ class CostModel:
                 if (member.parameter, member.axis) in place:
                     self._taken[i, place[member.parameter, member.axis]] += len(member.indices[0])
         self._families = [family.name for family in structure.families]
-        # for each attention module whose heads may become narrow, its family, how many they are, and their width
-        self._sites = {
-            name: (self._families.index(heads.family.name), heads.family.size, heads.width)
-            for name, heads in heads_of(structure).items()
-        }
+        self._sites = {name: self._site(heads, place) for name, heads in heads_of(structure).items()}
         tensor = {name: i for i, name in enumerate(shapes)}
         self._weights = {
             layer.module: _Weight(
@@ -116,11 +133,11 @@ class CostModel:
             float64 of shape ``(quantities, places)``: parameters, MACs, parameters of heads and, with a table,
             milliseconds.
         """
-        narrow = {module: share for module, share in shares.items() if share.form == HEAD}
-        if narrow:
-            gone = gone + self._packed(gone, narrow)
-            shares = {module: share for module, share in shares.items() if module not in narrow}
         axes = self._full - gone @ self._taken
+        narrow = {module: share for module, share in shares.items() if share.form in NARROW}
+        if narrow:
+            axes = axes - self._packed(gone, narrow)
+            shares = {module: share for module, share in shares.items() if module not in narrow}
         counts = np.multiply.reduceat(axes, self._starts, axis=1)
         # with a table, the time of every layer is asked for; else what is implanted takes fewer weights
         milliseconds = self._layers(axes, counts, shares, self._weights if self._latency is not None else shares)
@@ -131,13 +148,21 @@ class CostModel:
         return np.stack(found)
 
     def _packed(self, gone: np.ndarray, shares: Mapping[str, Share]) -> np.ndarray:
-        """How many heads narrow ones save: several lie in the place of one."""
-        saved = np.zeros_like(gone)
+        """The positions that narrow heads save along every axis, shape ``(places, axes)``."""
+        saved = np.zeros((len(gone), len(self._full)), dtype=np.int64)
         for module, share in shares.items():
-            family, size, width = self._sites[module]
-            count = np.minimum(share.rows, size - gone[:, family])
-            saved[:, family] += count - packs(count, width // (share.rank or width))
+            site = self._sites[module]
+            count = np.minimum(share.rows, site.size - gone[:, site.family])
+            saved += site.saved(count, share)[:, None] * site.taken[share.form]
         return saved
+
+    def _site(self, heads: Heads, place: Mapping[tuple[str, int], int]) -> _Site:
+        family = self._families.index(heads.family.name)
+        taken = {form: np.zeros_like(self._full) for form in heads.forms()}
+        for form, axes in taken.items():
+            for member in heads.carrying(form):
+                axes[place[member.parameter, member.axis]] += len(member.indices[0])
+        return _Site(family, heads.family.size, heads.width, taken)
 
     def place(self, gone: np.ndarray) -> Place:
         """Where of each family `gone` units have left, shape ``(families,)``."""
@@ -158,9 +183,11 @@ class CostModel:
 
     def _narrow(self, module: str, axes: Sequence[int], share: Share | None) -> np.ndarray:
         """The whole model's costs with some heads of one module narrow, and without other implants."""
-        family, _, width = self._sites[module]
-        saved = 0 if share is None else share.rows - packs(share.rows, width // (share.rank or width))
-        left = np.array(axes, dtype=np.int64) - saved * self._taken[family]
+        site, left = self._sites[module], np.array(axes, dtype=np.int64)
+        if share is not None and share.rows:
+            taken = site.taken[share.form]
+            there = (left[taken > 0] // taken[taken > 0]).min()  # the heads that are left
+            left = left - site.saved(np.minimum(share.rows, there), share) * taken
         counts = np.multiply.reduceat(left, self._starts)
         found = [float(counts.sum()), float(counts @ self._positions), float(counts[self._heads].sum())]
         if self._latency is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from hap.errors import HapError
-from hap.implants import FORMS, HEAD, Heads, heads_of
+from hap.implants import FORMS, NARROW, Heads, heads_of
+from hap.planning.budget import fractions
 from hap.types import Attribute, Budget, Cost, Family, Frozen, Layer, Member, Structure, TensorSpec
 
 SCHEMA = 2
@@ -34,7 +35,8 @@ class Implant:
 
     Attributes:
         indices: positions among the *dense* layer's filters, or the module's heads, ascending; none of them is pruned.
-        form: name of the replacement, see `hap.implants`; ``head`` for narrow heads.
+        form: name of the replacement, see `hap.implants`; ``head`` for narrow heads, ``value-head``
+            for heads of narrow values.
         rank: rank of the replacement, for forms that have one.
     """
 
@@ -69,16 +71,24 @@ class Plan:
     predicted: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        gone = sum(len(decision.prune) for decision in self.decisions.values())
+        units = gone + sum(len(decision.keep) for decision in self.decisions.values())
+        implanted = sum(len(implant.indices) for implant in self.implants.values())
+        parts = fractions(self.small, self.dense).items()
+        kept = ", ".join(f"{'MACs' if name == 'macs' else name} {part:.2f}x" for name, part in parts)
+        return f"Plan(prunes {gone:,} of {units:,} units, implants {implanted:,}, {kept})"
+
     @cached_property
     def filters(self) -> Mapping[str, Implant]:
         """The implants of layers."""
-        return {name: implant for name, implant in self.implants.items() if implant.form != HEAD}
+        return {name: implant for name, implant in self.implants.items() if implant.form not in NARROW}
 
     @cached_property
     def narrowed(self) -> Mapping[str, tuple[Heads, Implant]]:
         """The attention modules some of whose heads become narrow."""
         sites = heads_of(self.structure) if len(self.filters) < len(self.implants) else {}
-        return {name: (sites[name], implant) for name, implant in self.implants.items() if implant.form == HEAD}
+        return {name: (sites[name], implant) for name, implant in self.implants.items() if implant.form in NARROW}
 
     def to_json(self) -> str:
         """The plan as JSON text, readable and stable."""
@@ -177,8 +187,10 @@ def _check(plan: Plan) -> None:
                 raise ValueError(f"{family.name!r} lies outside of {member.parameter!r}")
             lost |= {(member.parameter, member.axis, i) for u in decision.prune for i in member.indices[u]}
     for module, (heads, implant) in plan.narrowed.items():
-        if implant.rank not in heads.ranks() or not set(implant.indices) <= set(plan.decisions[heads.family.name].keep):
-            raise ValueError(f"{module!r} has narrow heads of a rank that it cannot have, or in place of pruned ones")
+        if implant.rank not in heads.ranks() or implant.form not in heads.forms():
+            raise ValueError(f"{module!r} has narrow heads of a rank or form that it cannot have")
+        if not set(implant.indices) <= set(plan.decisions[heads.family.name].keep):
+            raise ValueError(f"{module!r} has narrow heads in place of pruned ones")
     for module, implant in plan.filters.items():
         layer = structure.layer(module)
         if implant.form not in FORMS:

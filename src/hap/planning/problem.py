@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from hap.errors import HapError, unknown
-from hap.implants import HEAD, Heads, Option, form_of, heads_of
+from hap.implants import NARROW, Heads, Option, form_of, heads_of
 from hap.planning.candidates import block, checked, replaceable
 from hap.planning.constraints import Constraints
 from hap.types import Family, Layer, Sensitivity, Structure
@@ -206,7 +206,7 @@ def _narrowable(
     """
     first = {family.name: int(i) for family, i in zip(structure.families, start, strict=False)}
     for module, heads in heads_of(structure).items():
-        usable = tuple(option for option in options.get(module, ()) if option.form == HEAD)
+        usable = tuple(option for option in options.get(module, ()) if option.form in NARROW)
         if not usable or {layer.module for layer in heads.projections} & bounds.protected or bounds.round_to > 1:
             continue
         if heads.family.name in sensitivity.skipped:  # not measured: their score of zero says nothing
@@ -217,11 +217,11 @@ def _narrowable(
 
 
 def _parts(heads: Heads, option: Option) -> int:
-    if option.rank not in heads.ranks():
+    if option.rank not in heads.ranks() or option.form not in heads.forms():
         raise HapError(
             f"the heads of {heads.module!r} cannot become narrow in this way",
-            expected=f"a rank of {', '.join(map(str, heads.ranks()))}",
-            got=repr(option.rank),
+            expected=f"a rank of {', '.join(map(str, heads.ranks()))}, and form {' or '.join(heads.forms())}",
+            got=f"{option.form} of rank {option.rank!r}",
             remedy="measure the options again for this model, with hap.implants.head_options",
         )
     return heads.width // option.rank

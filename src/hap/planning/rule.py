@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from hap.implants import HEAD
 from hap.planning.candidates import Candidates, block
 from hap.planning.choice import Choice
 from hap.planning.plan import Implant
@@ -69,11 +68,11 @@ class Rule:
         """The heads that become narrow, by module; of those that find no other to share a place, least first, none."""
         found = {}
         for family, units in chosen.items():
-            heads = self.ranked.heads[family]
+            heads, form = self.ranked.heads[family]
             over = len(units) % HALVES
             pruned[heads.family.name][units[:over]] = True
             if units[over:]:
-                found[heads.module] = Implant(tuple(sorted(units[over:])), HEAD, heads.width // HALVES)
+                found[heads.module] = Implant(tuple(sorted(units[over:])), form, heads.width // HALVES)
         return found
 
     def _round(self, pruned: dict[str, np.ndarray]) -> None:

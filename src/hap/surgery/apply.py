@@ -105,7 +105,8 @@ def apply_(
 
 def _heads(model: nn.Module, plan: Plan, batches: Iterable[Batch]) -> dict[str, FittedHeads]:
     """The fits of the heads that become narrow."""
-    sites = {name: (heads, implant.rank) for name, (heads, implant) in plan.narrowed.items() if implant.rank}
+    found = plan.narrowed.items()
+    sites = {name: (heads, implant.form, implant.rank) for name, (heads, implant) in found if implant.rank}
     return narrow_heads(model, sites, batches)
 
 

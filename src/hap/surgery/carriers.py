@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hap.implants import Heads, Packing, packs
+from hap.implants import HEAD, Heads, Packed, Packing, ValuePacking, packs
 from hap.planning import Decision, Implant, Plan
 
 
@@ -29,23 +29,37 @@ class Carriers:
         parts = heads.width // implant.rank
         return Carriers(implant.indices[: packs(len(implant.indices), parts)], parts, implant.rank)
 
-    @property
-    def packing(self) -> Packing:
-        """What the attention module has to know."""
-        return Packing(len(self.units), self.parts)
-
     def place(self, number: int) -> tuple[int, slice]:
         """The head, and the part of its width, that the narrow head of this number takes."""
         part = number % self.parts * self.rank
         return self.units[number // self.parts], slice(part, part + self.rank)
 
 
+def packing(plan: Plan, heads: Heads, implant: Implant) -> Packed:
+    """What the attention module has to know."""
+    carriers, narrow = Carriers.of(heads, implant), len(implant.indices)
+    if implant.form == HEAD:
+        return Packing(len(carriers.units), carriers.parts)
+    return ValuePacking(len(plan.decisions[heads.family.name].keep) - narrow, narrow, carriers.parts)
+
+
+def orders(plan: Plan, heads: Heads, implant: Implant) -> dict[str, tuple[int, ...]]:
+    """For each tensor with heads, those whose places stay, in their new order: full ones first, then narrow ones.
+
+    Where narrow ones share places, those that carry them stay.
+    """
+    narrow = set(implant.indices)
+    full = tuple(unit for unit in plan.decisions[heads.family.name].keep if unit not in narrow)
+    found = {member.parameter: (*full, *implant.indices) for member in heads.members}
+    carried = (*full, *Carriers.of(heads, implant).units)
+    return found | {member.parameter: carried for member in heads.carrying(implant.form)}
+
+
 def stored(plan: Plan) -> dict[str, Decision]:
-    """The decisions as the tensors show them: of heads with implants, those that carry them stay, as the last ones."""
+    """The decisions as the tensors of queries show them, which tell how many heads there are."""
     decisions = dict(plan.decisions)
     for heads, implant in plan.narrowed.values():
-        keep, narrow = plan.decisions[heads.family.name].keep, set(implant.indices)
-        order = (*(unit for unit in keep if unit not in narrow), *Carriers.of(heads, implant).units)
+        order = orders(plan, heads, implant)[heads.projections[0].weight]
         gone = tuple(unit for unit in range(heads.family.size) if unit not in order)
         decisions[heads.family.name] = Decision(order, gone)
     return decisions

@@ -11,7 +11,7 @@ from torch import nn
 from hap.errors import HapError
 from hap.implants import FittedHeads, Heads, packed_type
 from hap.planning import Implant, Plan
-from hap.surgery.carriers import Carriers
+from hap.surgery.carriers import Carriers, packing
 from hap.surgery.layout import Layout
 
 
@@ -21,7 +21,7 @@ class _Spot:
 
     Attributes:
         tensor, axis: of a weight or bias of queries, keys or values, or of the weight that reads the heads.
-        chunk: which of queries, keys and values it is, where the tensor holds several.
+        chunk: which of queries, keys and values it is, where the tensor holds several; or which of a group.
         unit: the dense head.
         dense: its positions along the axis in the dense model.
         small: those of the narrow head in the small model.
@@ -37,7 +37,7 @@ class _Spot:
 
 def _spots(plan: Plan, places: Layout, heads: Heads, implant: Implant) -> Iterator[_Spot]:
     carriers = Carriers.of(heads, implant)
-    for member in heads.members:
+    for member in heads.carrying(implant.form):
         size = plan.structure.tensors[member.parameter].shape[member.axis]
         index = {dense: i for i, dense in enumerate(places.of(member.parameter, member.axis, size))}
         for chunk, positions in enumerate(heads.chunks(member)):
@@ -66,17 +66,17 @@ def narrowed(
     old, new = dict(model.named_parameters()), {name: tensor.clone() for name, tensor in tensors.items()}
     for module, (heads, implant) in plan.narrowed.items():
         output, fit = heads.output, fitted.get(module)
-        for member in heads.members:
+        for member in heads.carrying(implant.form):
             if member.parameter not in new:
                 new[member.parameter] = old[member.parameter].detach().clone()
         carriers = Carriers.of(heads, implant)
-        end = len(carriers.units) * heads.width
+        end = len(carriers.units) * heads.group * heads.width
         new[output.weight].movedim(heads.member(output.weight).axis, -1)[..., -end:] = 0
         if fit is None:
             continue
         for spot in _spots(plan, places, heads, implant):
             if spot.tensor == output.weight:
-                values = fit.narrow.output[spot.unit]
+                values = fit.narrow.output[spot.unit].unflatten(-1, (heads.group, -1))[:, spot.chunk]
             else:
                 full = old[spot.tensor].detach().movedim(spot.axis, -1)[..., list(spot.dense)]
                 values = full.double() @ fit.basis(spot.tensor, spot.chunk)[spot.unit]
@@ -131,4 +131,4 @@ def packed_types(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, type
                 got="an attribute of the module, as accelerate's hooks set it",
                 remedy="remove the hooks, then `del module.forward`; or protect the module",
             )
-        yield module, packed_type(type(module), Carriers.of(heads, implant).packing)
+        yield module, packed_type(type(module), packing(plan, heads, implant))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hap.planning import Plan
-from hap.surgery.carriers import stored
+from hap.surgery.carriers import orders
 from hap.types import Family
 
 Key = tuple[str, int]  # a tensor and one of its axes
@@ -31,15 +31,14 @@ def layout(plan: Plan) -> Layout:
     """
     gone: dict[Key, set[int]] = {}
     moved: dict[Key, dict[int, int]] = {}
-    decisions = stored(plan)
-    sites = {heads.family.name: heads for heads, _ in plan.narrowed.values()}
+    sites = {heads.family.name: (heads, orders(plan, heads, implant)) for heads, implant in plan.narrowed.values()}
     for family in plan.structure.families:
-        decision = decisions[family.name]
-        heads = sites.get(family.name)
-        order = _order(plan, family) if heads is None else decision.keep
+        heads, own = sites.get(family.name, (None, {}))
+        every = _order(plan, family)
         for member in family.members:
-            key = (member.parameter, member.axis)
-            gone.setdefault(key, set()).update(i for u in decision.prune for i in member.indices[u])
+            key, order = (member.parameter, member.axis), own.get(member.parameter, every)
+            lost = set(range(family.size)).difference(order)
+            gone.setdefault(key, set()).update(i for u in lost for i in member.indices[u])
             for indices in [member.indices] if heads is None else heads.chunks(member):
                 values = [i for u in order for i in indices[u]]
                 if list(order) != sorted(order):

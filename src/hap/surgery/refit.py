@@ -163,7 +163,10 @@ def _jobs(small: nn.Module, model: nn.Module, plan: Plan, memory: int) -> dict[s
     places = layout(plan)
     modules = dict(small.named_modules())
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    narrow = {layer.module for heads, _ in plan.narrowed.values() for layer in heads.projections}  # have no dense twin
+    narrow = set[str]()  # they have no dense twin
+    for heads, found in plan.narrowed.values():
+        held = {member.parameter for member in heads.carrying(found.form)}
+        narrow |= {layer.module for layer in heads.projections if layer.weight in held}
     jobs = {}
     for layer in plan.structure.layers:
         entry, dense = modules.get(layer.module), model.get_submodule(layer.module)

@@ -1,0 +1,71 @@
+"""Tries whether a model's own code bears fewer heads of values than of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hap.batches import Batch, evaluating, forward
+from hap.implants.heads import Heads
+from hap.implants.value_packing import ValuePacking
+
+
+def bears(model: nn.Module, sites: Mapping[str, Heads], batch: Batch) -> dict[str, Heads]:
+    """The modules that run with two of their heads' values in one place.
+
+    Args:
+        model: left as it is.
+        sites: modules whose values come from the last of three linear layers and whose heads attend once.
+        batch: read once where all bear it, once for each module where one does not.
+    """
+    if _runs(model, sites, batch):
+        return dict(sites)
+    return {name: heads for name, heads in sites.items() if len(sites) > 1 and _runs(model, {name: heads}, batch)}
+
+
+def _runs(model: nn.Module, sites: Mapping[str, Heads], batch: Batch) -> bool:
+    with evaluating(model), torch.no_grad(), _Fewer(model, sites) as mode:
+        try:
+            forward(model, batch)
+        except Exception:  # users' code raises any type: an assertion on a shape, a view that does not fit
+            return False
+    return mode.done == set(sites)
+
+
+class _Fewer(TorchFunctionMode):
+    """Gives one place less for values, and reads one less, with the weights as they are.
+
+    Attributes:
+        done: the modules whose output layer read what it should.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Heads]) -> None:
+        super().__init__()
+        tensors = dict(model.named_parameters())
+        self.sites = sites
+        self.values = {id(tensors[h.values.weight]): name for name, h in sites.items() if h.values is not None}
+        self.outputs = {id(tensors[heads.output.weight]): name for name, heads in sites.items()}
+        self.open: str | None = None  # the module whose values are given, until they are attended to
+        self.done: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.open is not None:
+            packing = ValuePacking(self.sites[self.open].family.size - 2, 2, 2)
+            self.open = None
+            return packing.attend(*args, **kwargs)
+        if func is F.linear and (name := self.values.get(id(args[1]))) is not None:
+            self.open = name
+            return func(*args, **kwargs)[..., : -self.sites[name].width]
+        if func is F.linear and (name := self.outputs.get(id(args[1]))) is not None:
+            x, weight, *bias = args
+            heads = self.sites[name]
+            if x.shape[-1] == weight.shape[1] - heads.width * heads.group:
+                self.done.add(name)
+            return func(x, weight[:, : x.shape[-1]], *bias, **kwargs)
+        return func(*args, **kwargs)
