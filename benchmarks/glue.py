@@ -39,7 +39,7 @@ from glue_setting import (
 
 TASKS = ["glue/mrpc", "glue/sst2"]
 NAMES = list(CONTENDERS)
-TIMED = ["gate-ggn, joint"]
+TIMED = ["gate-ggn, joint", "gate-ggn, joint + implants"]
 LEVELS = [0.8, 0.6, 0.4, 0.2]
 SHAPES = [(1, 32), (32, 64)]  # texts and tokens: one short text, and a batch
 

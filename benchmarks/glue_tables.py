@@ -10,7 +10,8 @@ from curvature_records import Row, read
 
 NONE = "*not measured yet*"
 METRICS = {"glue/mrpc": ("accuracy", "f1"), "glue/sst2": ("accuracy",)}
-BEST, RIVAL = ("gate-ggn, joint", "gate-ggn, joint + refit"), "head-gradient"
+BEST = ("gate-ggn, joint", "gate-ggn, joint + implants", "gate-ggn, joint + refit", "gate-fisher + implants")
+RIVAL = "head-gradient"
 
 
 def tables(results: Path) -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 class HapError(Exception):
@@ -48,6 +49,32 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> HapError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}?" if near else ""
     return HapError(f"unknown {kind} {name!r}", expected=f"one of: {', '.join(known)}", remedy=remedy)
+
+
+def need_same(
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    refused: Callable[[str, str], HapError],
+    *,
+    last: Sequence[str] = (),
+) -> None:
+    """Raises the error for a state that another run has left: it names the first entry in which the runs differ.
+
+    Args:
+        there: what made that run what it is, by name.
+        here: the same of this run.
+        refused: makes the error of what was expected, and what came.
+        last: names of entries that say little; another that differs comes before them.
+
+    >>> need_same({"seed": 0}, {"seed": 1}, lambda expected, got: HapError("no", expected=expected, got=got))
+    Traceback (most recent call last):
+    hap.errors.HapError: no
+      expected: seed 0, as there
+      got:      seed 1
+    """
+    for name in sorted({*there, *here}, key=lambda name: (name in last, name)):
+        if there.get(name) != here.get(name):
+            raise refused(f"{name} {there.get(name)}, as there", f"{name} {here.get(name)}")
 
 
 def missing(need: str, package: str, extra: str, error: ImportError) -> HapError:

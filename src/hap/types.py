@@ -179,6 +179,11 @@ class Structure:
     modules: Mapping[str, str]
     attributes: tuple[Attribute, ...] = ()
 
+    def __repr__(self) -> str:
+        units = sum(family.size for family in self.families)
+        counts = f"{len(self.layers):,} layers, {len(self.frozen):,} frozen axes"
+        return f"Structure({units:,} units in {len(self.families):,} families, {counts})"
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the dense model's tensor names, shapes and dtypes and its module types."""
@@ -232,6 +237,11 @@ class Sensitivity:
     filters_stderr: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gram: torch.Tensor | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        units = f"{sum(map(len, self.scores.values())):,} units in {len(self.scores):,} families"
+        data = f"{self.samples:,} samples" if self.samples else "no data"
+        return f"Sensitivity({self.criterion} of {units}, {data}{'' if self.gram is None else ', with pairs'})"
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,9 @@ def test_another_model_teaches(tmp_path: Path, weights: Path) -> None:
     common = ("finetune", "--model", "zoo:digits-cnn", "--data", "digits", "--limit", "64", "--epochs", "1")
     taught = ("--teacher", "zoo:digits-cnn", "--teacher-weights", weights)
     code, text = invoke(*common, *taught, "--distill", "1", "--out", tmp_path / "x")
-    assert code == 0, text
+    assert code == 0 and "warning" not in text, text
+    code, text = invoke(*common, *taught[:2], "--distill", "1", "--out", tmp_path / "z")
+    assert code == 0 and "warning: --teacher zoo:digits-cnn has random weights" in text
     record = json.loads((tmp_path / "x" / "finetune.json").read_text())
     assert record["options"]["distill"] == {"teacher": "zoo:digits-cnn", "weight": 1.0, "temperature": 2.0}
     code, text = invoke(*common, "--distill", "1", "--out", tmp_path / "y")
@@ -132,9 +134,9 @@ def test_implants_do_not_slow_the_model_down_unasked(tmp_path: Path, weights: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep-params", "1.5"], "out of range"),
+        (["--keep-params", "1.5"], "--keep-params is out of range"),
         ([], "the budget is empty"),
-        (["--keep-params", "0.0001"], "cannot be reached"),
+        (["--keep-params", "0.0001"], "expected: --keep-params >= 0."),
         (["--keep-params", "0.5", "--criterion", "gate-fischer"], "did you mean 'gate-fisher'"),
         (["--keep-params", "0.5", "--optimizer", "adam"], "did you mean 'adamw'"),
         (["--keep-params", "0.5", "--recover", "refitt"], "did you mean 'refit'"),
@@ -146,14 +148,15 @@ def test_implants_do_not_slow_the_model_down_unasked(tmp_path: Path, weights: Pa
         (["--keep-params", "0.5", "--model", "zoo:resnet20"], "do not fit"),
         (["--keep-params", "0.5", "--ignore", "conv9"], "unknown module to ignore"),
         (["--keep-params", "0.5", "--device", "tpu9"], "no device"),
-        (["--keep-latency", "0"], "out of range"),
+        (["--keep-latency", "0"], "--keep-latency is out of range"),
+        (["--keep-heads", "0.5"], "see `hap inspect --frozen`"),
         (["--keep-params", "0.5", "--keep-latency", "1"], "give --keep-latency or --any-latency"),
         (["--keep-params", "0.5", "--mode", "optimum"], "did you mean 'optimal'"),
         (["--keep-params", "0.5", "--mode", "paper", "--joint"], "ranks units one by one"),
         (["--keep-params", "0.5", "--min-width", "conv1"], "give FAMILY=8 or FAMILY=0.5"),
         (["--keep-params", "0.5", "--max-width", "cnv1=8"], "did you mean 'conv1'"),
         (["--keep-params", "0.5", "--protect", "convolution"], "unknown module to protect"),
-        (["--keep-params", "0.5", "--iterations", "0"], "iterations is out of range"),
+        (["--keep-params", "0.5", "--iterations", "0"], "--iterations is out of range"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(
@@ -219,6 +222,9 @@ def test_a_pruned_model_of_images_is_trained_on(tmp_path: Path, weights: Path) -
         assert after[1] == plan
         record = json.loads((tmp_path / end / "finetune.json").read_text())
         assert record["options"]["dense"] == "zoo:digits-cnn"
+        card = (tmp_path / end / "README.md").read_text()
+        assert 'zoo.build("digits-cnn", classes=10)' in card and "random weights" not in card
+        assert "at most 256 examples" in card and "note: at most 256 examples" in text
         trained = not torch.equal(before[0].linear.weight, after[0].linear.weight)
         assert trained == (record["history"]["chosen"] > 0) and (trained or start == "tuned")
     (tmp_path / "run" / "report.json").unlink()
@@ -304,3 +310,83 @@ def test_samples_is_a_number_or_auto(tmp_path: Path, weights: Path) -> None:
     code, text = digits(tmp_path / "other", weights, *common, "many")
     assert code == 2 and "give a number or auto" in text
     assert not (tmp_path / "other").exists()
+
+
+def test_help_groups_the_options() -> None:
+    """Each verb with many options names panels, and only --help stands alone."""
+    panels = {
+        "prune": ("Model and data", "Budget", "What may leave", "Method", "Fine-tuning", "Output"),
+        "finetune": ("Model and data", "Fine-tuning", "A teacher", "Output"),
+        "run": ("Recipe and data", "Output"),
+    }
+    for verb, names in panels.items():
+        text = invoke(verb, "--help")[1]
+        places = [text.index(f"─ {name}") for name in names]
+        assert places == sorted(places), verb
+        alone = text[text.index("─ Options") : places[0]]
+        assert alone.count("--") == 1 and "--help" in alone, verb
+
+
+def test_small_numbers_are_called_so(tmp_path: Path, weights: Path) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0")
+    assert code == 0 and "accuracy and loss: of 128 test examples" in text
+    assert "note: at most 128 examples of each split were read" in text and "warning" not in text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["test_examples"] == 128 and "mean little" in report["notes"][0]
+    assert report["notes"][0] in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_random_weights_are_warned_of(tmp_path: Path) -> None:
+    """Before anything is measured, and again with the numbers."""
+    common = ("--model", "zoo:digits-cnn", "--data", "digits", "--any-latency", "--epochs", "0", "--samples", "64")
+    code, text = invoke("prune", *common, "--keep-params", "0.6", "--out", tmp_path / "run")
+    assert code == 0, text
+    warning, note = "warning: zoo:digits-cnn has random weights", "note: zoo:digits-cnn has random weights"
+    assert text.index(warning) < text.index("tracing") < text.index(note) and "--weights FILE" in text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(report["notes"]) == 1 and report["test_examples"] == 360
+
+
+def test_the_code_in_the_card_loads_the_model(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0")
+    assert code == 0, text
+    card = (tmp_path / "run" / "README.md").read_text()
+    for fact in (
+        "`zoo:digits-cnn`, a DigitsCNN, weights `digits.safetensors`",
+        "`gate-fisher`",
+        "`optimal`",
+        "| seed | 0 |",
+    ):
+        assert fact in card
+    scope: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path / "run")
+    exec(card.split("```python")[1].split("```")[0], scope)
+    small, _ = hap.load(tmp_path / "run", zoo.build("digits-cnn"))
+    assert all(torch.equal(p, q) for p, q in zip(scope["small"].parameters(), small.parameters(), strict=True))
+    assert str(small.eval()(torch.zeros(1, 1, 8, 8))) in capsys.readouterr().out
+
+
+def test_no_control_characters_where_nobody_watches(tmp_path: Path, weights: Path) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.6", "--epochs", "0")
+    assert code == 0 and "] tracing" in text
+    assert not [character for character in text if ord(character) < 32 and character != "\n"]
+
+
+def test_inspect_groups_frozen_axes_by_their_reason() -> None:
+    text = invoke("inspect", "--model", "zoo:resnet20", "--frozen")[1]
+    assert text.count("a constant number of channels is padded by pad") == 1
+    rows = [line.replace("│", " ").split() for line in text.splitlines()]
+    assert ["3", "layer2.*.bn2.weight,", "axis", "0"] in rows and "linear.weight, axis 1" in text
+    assert "39 frozen axes" in text
+    counts = [int(row[-4]) for row in rows if len(row) > 3 and row[-2] == "axis"]
+    assert sum(counts) == 39
+
+
+def test_inspect_knows_the_zoos_shapes() -> None:
+    assert "MACs per sample of 1 x 8 x 8" in invoke("inspect", "--model", "zoo:digits-cnn")[1]
+    assert (
+        "MACs per sample of 1 x 16 x 16"
+        in invoke("inspect", "--model", "zoo:digits-cnn", "--input-shape", "1,16,16")[1]
+    )

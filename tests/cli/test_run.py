@@ -16,7 +16,8 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 
 @pytest.fixture(autouse=True)
 def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hap.cli.run.open_job", lambda *_, **__: pytest.fail("model and data were opened"))
+    for opening in ("sources.load_model", "pretrained.load_text_classifier", "zoo.load_data"):
+        monkeypatch.setattr(f"hap.cli.jobs.{opening}", lambda *_, **__: pytest.fail("model and data were opened"))
     monkeypatch.delenv("HAP_DATA", raising=False)
 
 
@@ -78,3 +79,13 @@ def test_weights_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     text = refused(CONFIGS / "cifar10-resnet56.yaml", "--out", tmp_path / "run", "--device", "tpu")
     assert "there is no device 'tpu'" in text
+
+
+def test_the_nearest_recipes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the file that is not there, and among those that come with the project."""
+    monkeypatch.chdir(CONFIGS.parents[1])
+    assert "did you mean configs/paper/cifar10-resnet56.yaml" in refused("cifar10-resnet65.yaml")
+    (tmp_path / "mine.yaml").touch()
+    text = refused(tmp_path / "mien.yaml")
+    assert "there is no recipe" in text and "mine.yaml?" in text.replace(" ", "")
+    assert "did you mean" not in refused(tmp_path / "qqqqqqqqqq.yaml")

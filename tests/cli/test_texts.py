@@ -44,12 +44,18 @@ def test_finetune_writes_what_transformers_opens(dense: Path) -> None:
     assert len(record["history"]["epochs"]) == 2
 
 
-def test_prune_heads_then_train_on(dense: Path, glue_dir: Path, tmp_path: Path) -> None:
+def test_prune_heads_then_train_on(
+    dense: Path,
+    glue_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     data = ("--task", "glue/mrpc", "--data", glue_dir)
     out = tmp_path / "small"
     common = ("--units", "heads", "--keep-heads", 0.5, "--implant-ratio", 0, "--samples", 16, *QUICK)
     text = run("prune", "--model", f"hf:{dense}", *data, *common, "--out", out)
-    assert "F1" in text and "accuracy" in text
+    assert "F1" in text and "accuracy" in text and "attention heads" in text
     small, plan = hap.load(out)
     families = {f.name: f.kind for f in plan.structure.families}
     assert sum(len(d.keep) for name, d in plan.decisions.items() if families[name] == "head") == 4
@@ -60,6 +66,12 @@ def test_prune_heads_then_train_on(dense: Path, glue_dir: Path, tmp_path: Path) 
     report = json.loads((out / "report.json").read_text())
     assert report["options"]["task"] == "glue/mrpc" and "f1" in report["comparison"]
     assert report["options"]["training"]["optimizer"] == "adamw"
+    assert report["comparison"]["heads"] == {"dense": 8, "small": 4, "ratio": 0.5} and not report["notes"]
+    card = (out / "README.md").read_text()
+    assert "| attention heads | 8 | 4 |" in card and "`glue/mrpc`: not_equivalent, equivalent" in card
+    monkeypatch.chdir(out)
+    exec(card.split("```python")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip() in ("equivalent", "not_equivalent")
 
     run("finetune", "--model", f"hap:{out}", *data, "--out", tmp_path / "tuned", "--epochs", 1, *QUICK)
     tuned, again = hap.load(tmp_path / "tuned")
@@ -152,7 +164,7 @@ def test_models_of_images_are_trained_too(tmp_path: Path) -> None:
         ({"--data": "/nowhere"}, "there is no glue/mrpc in /nowhere"),
         ({"--units": "haeds"}, "did you mean 'head'"),
         ({"--units": "channels"}, "no units of kind 'channel'"),
-        ({"--keep-heads": "1.5"}, "budget heads is out of range"),
+        ({"--keep-heads": "1.5"}, "--keep-heads is out of range"),
         ({"--max-length": "65"}, "at most 64 tokens"),
         ({"--weights": "x.safetensors"}, "in the model's own directory"),
     ],
@@ -163,3 +175,19 @@ def test_bad_input(change: dict[str, str], text: str, dense: Path, glue_dir: Pat
     output = run("prune", *(word for pair in options.items() for word in pair), code=2)
     assert text in " ".join(output.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_inspect_opens_models_as_prune_does(dense: Path, tiny_bert: Path) -> None:
+    model = ("--model", f"hf:{dense}")
+    text = run("inspect", *model, "--task", "glue/mrpc", "--max-length", 24, "--frozen")
+    assert "bert.encoder.layer.0.attention.self.query" in text and "MACs per sample of 24 tokens" in text
+    assert "the model's output" in text
+    assert "sample of 64 tokens" in run("inspect", *model, "--task", "glue/sst2"), "all that the model reads"
+    assert "name the task, such as --task glue/mrpc" in " ".join(run("inspect", *model, code=2).split())
+
+
+def test_an_untrained_head_is_warned_of(tiny_bert: Path, glue_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "glue").symlink_to(glue_dir)
+    data = ("--task", "glue/mrpc", "--data", tmp_path, "--keep-heads", 0.5, "--implant-ratio", 0, "--samples", 16)
+    text = run("prune", "--model", f"hf:{tiny_bert}", *data, "--epochs", 0, *QUICK, "--out", tmp_path / "x")
+    assert "warning: hf:" in text and "random last layer" in text

@@ -95,3 +95,8 @@ def test_images(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
     model = load_image_classifier(tmp_path, 10)
     assert model(torch.zeros(1, 3, 8, 8)).logits.shape == (1, 10)
+
+
+def test_a_model_of_texts_is_no_model_of_images(tiny_bert: Path) -> None:
+    with pytest.raises(HapError, match=r"is no model of images[\s\S]*bert[\s\S]*--task"):
+        load_image_classifier(tiny_bert, 10)

@@ -36,7 +36,7 @@ def test_a_saved_model_opens_alone(pruned, tmp_path: Path) -> None:
     assert type(loaded) is type(small) and not loaded.training
     assert torch.equal(loaded(**batch).logits, small(**batch).logits)
     assert loaded.config.id2label == dict(enumerate(LABELS))
-    assert "hap.load(directory)" in (tmp_path / "small" / "README.md").read_text()
+    assert 'hap.load(".")' in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_a_loaded_model_is_saved_again(pruned, tmp_path: Path) -> None:

@@ -30,13 +30,21 @@ def test_the_same_recipe_goes_on(recipe_file: Path, tmp_path: Path) -> None:
     ],
 )
 def test_another_dense_model_is_refused(recipe_file: Path, tmp_path: Path, setting: str, message: str) -> None:
-    recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    work.training.write_text("x")
+    work.dense.mkdir()
+    other = recipes.read(recipe_file, [setting])
     with pytest.raises(HapError, match=rf"holds the work of another recipe[\s\S]*{message}"):
-        recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
+        recipes.Work.beside(tmp_path / "run", other)
+    assert work.training.exists()
+    recipes.Work.beside(tmp_path / "run", other, restart=True)
+    assert [path.name for path in work.folder.iterdir()] == ["recipe.json"]
+    recipes.Work.beside(tmp_path / "run", other)
 
 
 def test_other_versions_are_refused(recipe_file: Path, tmp_path: Path) -> None:
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    work.dense.mkdir()
     record = json.loads((work.folder / "recipe.json").read_text())
     (work.folder / "recipe.json").write_text(json.dumps({**record, "version of torch": "2.0"}))
     with pytest.raises(HapError, match="version of torch 2.0, as there"):
@@ -51,19 +59,35 @@ def test_a_damaged_record_is_refused(recipe_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["finetune.lr=0.5", "plan.minimum={a: 3}", "measure.samples=32"])
-def test_what_follows_the_dense_model_may_change(recipe_file: Path, tmp_path: Path, setting: str) -> None:
-    """The dense model stays, the rounds go; and then the folder is of the recipe as it is now."""
+def test_rounds_of_other_settings_go_only_when_told(recipe_file: Path, tmp_path: Path, setting: str) -> None:
+    """The dense model stays; and then the folder is of the recipe as it is now."""
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
     for name in ("dense", "round1"):
         (work.folder / name).mkdir()
         (work.folder / name / "model.safetensors").write_text("x")
     work.training.write_text("x")
-    again = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
-    assert again == work
+    changed = recipes.read(recipe_file, [setting])
+    name = setting.split("=")[0]
+    with pytest.raises(HapError, match=rf"another recipe[\s\S]*{name} [\s\S]*, as there[\s\S]*--restart"):
+        recipes.Work.beside(tmp_path / "run", changed)
+    assert (work.folder / "round1" / "model.safetensors").exists()
+    assert recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file)) == work
+    assert recipes.Work.beside(tmp_path / "run", changed, restart=True) == work
     assert {path.name for path in work.folder.iterdir()} == {"recipe.json", "dense", "training.safetensors"}
     (work.folder / "round1").mkdir()
-    recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
+    recipes.Work.beside(tmp_path / "run", changed)
     assert (work.folder / "round1").exists()
+    recipes.Work.beside(tmp_path / "run", changed, restart=True)
+    assert not (work.folder / "round1").exists()
+
+
+@pytest.mark.parametrize("setting", ["finetune.lr=0.5", "seed=1"])
+def test_where_nothing_is_lost_a_recipe_may_change(recipe_file: Path, tmp_path: Path, setting: str) -> None:
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    changed = recipes.read(recipe_file, [setting])
+    assert recipes.Work.beside(tmp_path / "run", changed) == work
+    work.dense.mkdir()
+    assert recipes.Work.beside(tmp_path / "run", changed) == work
 
 
 def test_workers_change_nothing(recipe_file: Path, tmp_path: Path) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
 
+import hap
 from hap.planning.plan import Decision, Implant, Plan
+from hap.report.figures import save_png
 from hap.types import Budget, Cost, Family, Layer, Member, Role, Sensitivity, Structure
 
 
@@ -68,3 +76,40 @@ def sensitivity() -> Sensitivity:
         filters={"tied": torch.tensor([7.0, 70.0, 70.0, 70.0, 0.3], dtype=double)},
         filters_stderr={"tied": torch.tensor([0.7, 1.0, 1.0, 1.0, 0.03], dtype=double)},
     )
+
+
+class Block(nn.Module):
+    """Attention with 4 heads of 4, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.up, self.down = nn.Linear(16, 20), nn.Linear(20, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(x)))
+
+
+@pytest.fixture(scope="session")
+def heads() -> tuple[Sensitivity, Plan]:
+    """A plan that prunes 4 of 8 heads, and makes 2 narrow; neurons may not leave."""
+    structure = hap.trace(nn.Sequential(Block(), Block()), (torch.zeros(2, 5, 16),))
+    scores = {f.name: torch.arange(f.size, dtype=torch.float64) + 1 for f in structure.families}
+    sensitivity = Sensitivity("by hand", 1, 0, scores, {name: torch.zeros_like(s) for name, s in scores.items()})
+    plan = hap.decide(structure, sensitivity, Budget(heads=0.6), implant_ratio=0)
+    assert {name: len(d.prune) for name, d in plan.decisions.items() if d.prune} == {"0.q": 2, "1.q": 2}
+    return sensitivity, dataclasses.replace(plan, implants={"1": Implant((2, 3), "head", 2)})
+
+
+sensitivities, widths = (importlib.import_module(f"hap.report.{name}") for name in ("sensitivities", "widths"))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
+    for place in (sensitivities, widths):
+        monkeypatch.setattr(place, "save_png", lambda figure, path: (figures.append(figure), save_png(figure, path)))
+    return figures

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hap.errors import HapError
 from hap.planning.plan import Plan
-from hap.report import sensitivities, sensitivity_plot, spectrum
+from hap.report import sensitivity_plot, spectrum
 from hap.types import Sensitivity
 
 
@@ -70,15 +70,6 @@ def test_nothing_to_plot(sensitivity: Sensitivity, plan: Plan) -> None:
         spectrum(sensitivity, empty)
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
-    figures: list[Figure] = []
-    save = sensitivities.save_png
-    monkeypatch.setattr(sensitivities, "save_png", lambda figure, path: (figures.append(figure), save(figure, path)))
-    return figures
-
-
 def test_plot_is_a_picture_with_title_and_legend(
     sensitivity: Sensitivity, plan: Plan, tmp_path: Path, drawn: list[Figure]
 ) -> None:
@@ -132,8 +123,21 @@ def test_errors_of_many_candidates_are_a_band(
     sensitivity: Sensitivity, plan: Plan, tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sensitivity_plot(sensitivity, plan, tmp_path / "bars.png")
-    monkeypatch.setattr(sensitivities, "_MOST_BARS", 8)
+    monkeypatch.setattr("hap.report.sensitivities._MOST_BARS", 8)
     sensitivity_plot(sensitivity, plan, tmp_path / "band.png")
     kinds = [{type(artist).__name__ for artist in figure.axes[0].collections} for figure in drawn]
     assert "LineCollection" in kinds[0] and "LineCollection" not in kinds[1]
     assert any("Poly" in kind or "FillBetween" in kind for kind in kinds[1])
+
+
+def test_units_that_could_not_go_are_left_out(heads: tuple[Sensitivity, Plan]) -> None:
+    """Neurons, where heads alone may leave; families without scores; units behind a normalisation."""
+    sensitivity, plan = heads
+    assert spectrum(sensitivity, plan).tiers.tolist() == ["prune"] * 4 + ["keep", "implant"] * 2
+    free = dataclasses.replace(plan, options={**plan.options, "units": None})
+    assert len(spectrum(sensitivity, free).scores) == 8 + 2 * 20
+    skipping = dataclasses.replace(sensitivity, skipped={"0.up": "for a test"})
+    assert len(spectrum(skipping, free).scores) == 8 + 20
+    mixed = tuple(dataclasses.replace(f, exact=f.kind == "head") for f in plan.structure.families)
+    inexact = dataclasses.replace(free, structure=dataclasses.replace(plan.structure, families=mixed))
+    assert len(spectrum(sensitivity, inexact).scores) == 8

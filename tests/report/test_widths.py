@@ -5,21 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+import hap
 from hap.errors import HapError
 from hap.planning.plan import Plan
 from hap.report import LayerWidth, width_plot, widths
-from hap.types import Layer, Structure
+from hap.types import Budget, Layer, Sensitivity, Structure
 
 
 def test_widths_count_kept_and_implanted_filters(plan: Plan) -> None:
-    assert widths(plan) == (LayerWidth("first", 4, 3, 0), LayerWidth("tied", 5, 2, 2), LayerWidth("last", 2, 2, 0))
+    first, tied, last = widths(plan)
+    assert first == LayerWidth("first", "filters", 4, 3, 0) and tied == LayerWidth("tied", "filters", 5, 2, 2)
+    assert last == LayerWidth("last", "filters", 2, 2, 0)
 
 
 def test_an_implant_of_a_pruned_filter_is_not_counted(plan: Plan) -> None:
     implants = {"tied": dataclasses.replace(plan.implants["tied"], indices=(1, 4))}
-    assert widths(dataclasses.replace(plan, implants=implants))[1] == LayerWidth("tied", 5, 3, 1)
+    assert widths(dataclasses.replace(plan, implants=implants))[1] == LayerWidth("tied", "filters", 5, 3, 1)
 
 
 def colours(path: Path) -> set[tuple[int, ...]]:
@@ -62,3 +66,33 @@ def test_width_plot_needs_a_layer(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(HapError, match="no layer to plot"):
         width_plot(many_layers(plan, 0), tmp_path / "widths.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_are_counted_as_heads(heads: tuple[Sensitivity, Plan]) -> None:
+    """Once, though three layers write them; other linear layers have neurons."""
+    found = {row.module: (row.counted, row.dense, row.kept, row.implanted) for row in widths(heads[1])}
+    neurons = {f"{block}.{name}": n for block in (0, 1) for name, n in (("o", 16), ("up", 20), ("down", 16))}
+    assert found == {"0.q": ("heads", 4, 2, 0), "1.q": ("heads", 4, 0, 2)} | {
+        name: ("neurons", size, size, 0) for name, size in neurons.items()
+    }
+
+
+def test_each_kind_has_a_scale_of_its_own(heads: tuple[Sensitivity, Plan], tmp_path: Path, drawn: list[Figure]) -> None:
+    """And no part where nothing of it has gone."""
+    sensitivity, plan = heads
+    both = hap.decide(plan.structure, sensitivity, Budget(params=0.6, heads=0.6), implant_ratio=0)
+    for found in (
+        plan,
+        both,
+        dataclasses.replace(plan, structure=dataclasses.replace(plan.structure, families=()), implants={}),
+    ):
+        width_plot(found, tmp_path / "widths.png")
+    titles = [[axes.get_title(loc="left").split()[3] for axes in figure.axes] for figure in drawn]
+    assert titles == [["heads"], ["heads", "neurons"], ["neurons"]]
+    assert drawn[0].axes[0].get_title(loc="left") == "4 of 8 heads remain"
+    assert [axes.get_xlim()[1] for axes in drawn[1].axes] == pytest.approx([1.18 * 4, 1.18 * 20])
+
+
+def test_narrow_heads_are_shown_as_implants(heads: tuple[Sensitivity, Plan], tmp_path: Path) -> None:
+    width_plot(heads[1], tmp_path / "widths.png")
+    assert ORANGE in colours(tmp_path / "widths.png")

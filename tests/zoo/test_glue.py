@@ -8,7 +8,7 @@ import torch
 
 from hap import zoo
 from hap.errors import HapError
-from hap.zoo.glue import TASKS, f1, matthews, task_of
+from hap.zoo.glue import TASKS, directory_of, f1, matthews, task_of
 
 transformers = pytest.importorskip("transformers")
 pyarrow = pytest.importorskip("pyarrow")
@@ -138,3 +138,19 @@ def test_real_files(data_dir: Path, tokenizer) -> None:
         pytest.skip("there is no GLUE in the data directory")
     data = zoo.load_texts("glue/mrpc", data_dir / "glue", tokenizer, limit=50)
     assert [s.samples for s in (data.train, data.validation, data.test)] == [50, 50, 50]
+
+
+def test_the_folder_of_the_benchmark_is_found(
+    glue_dir: Path, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the directory that is given, or in that of the environment; the directory's own files come first."""
+    (tmp_path / "glue").symlink_to(glue_dir)
+    whole = zoo.load_texts("glue/mrpc", glue_dir, tokenizer)
+    assert texts_of(zoo.load_texts("glue/mrpc", tmp_path, tokenizer).test, tokenizer) == texts_of(whole.test, tokenizer)
+    monkeypatch.setenv("HAP_DATA", str(tmp_path))
+    assert directory_of("glue/sst2", None) == tmp_path / "glue"
+    (tmp_path / "mrpc_test.parquet").touch()
+    assert directory_of("glue/mrpc", None) == tmp_path
+    monkeypatch.delenv("HAP_DATA")
+    with pytest.raises(HapError, match=r"where is glue/sst2\?[\s\S]*HAP_DATA"):
+        zoo.load_texts("glue/sst2", None, tokenizer)

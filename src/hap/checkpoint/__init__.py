@@ -1,6 +1,7 @@
 """Pruned models on disk: safetensors and JSON, written whole or not at all."""
 
+from hap.checkpoint.card import Origin
 from hap.checkpoint.directory import fresh_directory, refuse_existing
 from hap.checkpoint.save import load, save, stored_bytes, write
 
-__all__ = ["fresh_directory", "load", "refuse_existing", "save", "stored_bytes", "write"]
+__all__ = ["Origin", "fresh_directory", "load", "refuse_existing", "save", "stored_bytes", "write"]

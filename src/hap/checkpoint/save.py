@@ -14,7 +14,7 @@ from torch import nn
 
 from hap import pretrained
 from hap.batches import copied
-from hap.checkpoint.card import card
+from hap.checkpoint.card import Opens, Origin, card
 from hap.checkpoint.directory import fresh_directory
 from hap.errors import HapError, unwritable
 from hap.planning import Plan, versions
@@ -29,6 +29,7 @@ def save(
     directory: str | Path,
     *,
     results: Mapping[str, tuple[Any, Any]] | None = None,
+    origin: Origin | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Path:
@@ -42,6 +43,7 @@ def save(
         plan: the plan that made it.
         directory: where to; must be new or empty unless `overwrite`.
         results: more rows for the model card: name -> (dense, pruned).
+        origin: for the model card: where the model is from, and Python that makes the dense one.
         tokenizer: of a model of `transformers`; None for the one where the model was opened, if there is one.
         overwrite: replace a directory that exists.
 
@@ -61,7 +63,7 @@ def save(
             remedy="pass the model that hap.apply returned for this plan",
         )
     with fresh_directory(directory, overwrite=overwrite) as staging:
-        write(small, plan, staging, results=results, tokenizer=tokenizer)
+        write(small, plan, staging, results=results, origin=origin, tokenizer=tokenizer)
     return directory
 
 
@@ -71,6 +73,7 @@ def write(
     directory: Path,
     *,
     results: Mapping[str, tuple[Any, Any]] | None = None,
+    origin: Origin | None = None,
     tokenizer: Any = None,
 ) -> None:
     """Writes the files of `save` into a directory that exists.
@@ -84,11 +87,14 @@ def write(
     except SafetensorError as error:  # what safetensors makes of an OSError
         raise unwritable(MODEL, error) from error
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    alone = pretrained.is_pretrained(small)
-    if alone:
+    opens: Opens = "code"
+    if pretrained.is_pretrained(small):
+        tokenizer = tokenizer or pretrained.tokenizer_of(small)
+        opens = "alone" if tokenizer is None else "text"
         with dense_config(small, plan):  # which `load` builds the dense model from
-            pretrained.write(small, directory, tokenizer or pretrained.tokenizer_of(small))
-    (directory / CARD).write_text(card(plan, versions(), results or {}, alone=alone), encoding="utf-8")
+            pretrained.write(small, directory, tokenizer)
+    text = card(plan, versions(), results or {}, origin=origin, opens=opens)
+    (directory / CARD).write_text(text, encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
 
 

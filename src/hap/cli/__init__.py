@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from hap.cli import demo, finetune, inspect, prune, run
+from hap.cli.words import in_options
 from hap.errors import HapError
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ def _reporting(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
         except HapError as error:
-            typer.echo(f"error: {error}", err=True)
+            said = error if verb is run.run else in_options(error, verb)  # a recipe has words of its own
+            typer.echo(f"error: {said}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             kept = "started again, it goes on from there" if verb is run.run else "nothing was written"

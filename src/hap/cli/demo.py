@@ -9,7 +9,7 @@ import typer
 
 import hap
 from hap import zoo
-from hap.cli.screen import Bars, console, show
+from hap.cli.screen import console, progress, show
 from hap.pipeline import Training, run
 
 
@@ -19,11 +19,13 @@ def demo(
     keep_params: Annotated[float, typer.Option(help="Fraction of parameters that may remain.")] = 0.4,
 ) -> None:
     """Train a small CNN on scikit-learn's digits, then prune it, fine-tune and report."""
-    with Bars() as bars:
+    with progress() as bars:
         data = zoo.load_data("digits", batch_size=64)
         model = zoo.build("digits-cnn")
         console.print(f"training a small CNN on {data.train.samples} images of digits")
-        hap.finetune(model, data.train, epochs=epochs, validation=data.validation, lr=0.05, warmup=0.1, progress=bars)
+        history = hap.finetune(
+            model, data.train, epochs=epochs, validation=data.validation, lr=0.05, warmup=0.1, progress=bars
+        )
         done = run(
             model,
             data,
@@ -31,7 +33,7 @@ def demo(
             out,
             training=Training(epochs=8),
             overwrite=True,
-            options={"model": "zoo:digits-cnn", "data": "digits"},
+            options={"model": "zoo:digits-cnn", "data": "digits", "dense_training": history.to_dict()},
             progress=bars,
         )
     show(done)

@@ -14,6 +14,7 @@ import hap
 from hap import pretrained, zoo
 from hap.cli import sources
 from hap.errors import HapError
+from hap.zoo.glue import directory_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Job:
 
 def open_job(
     model: str,
-    data: str,
+    data: str | None,
     *,
     weights: Path | None = None,
     task: str | None = None,
@@ -52,12 +53,19 @@ def open_job(
 ) -> Job:
     """Opens model and data, for texts where a task is named, else for images.
 
+    Args:
+        data: None, of a task, for the directory that the environment names.
+
     Raises:
         HapError: one of them cannot be opened, or they do not go together.
     """
     if task is None:
         if max_length is not None:
             raise HapError("images have no length in tokens", expected="--max-length with --task", got=str(max_length))
+        if data is None:
+            raise HapError(
+                "there is no data", expected=f"--data, one of: {', '.join(zoo.DATASETS)}; or --task for texts"
+            )
         splits = zoo.load_data(
             data,
             batch_size=batch_size,
@@ -69,8 +77,8 @@ def open_job(
             device=device,
         )
         return _image_job(model, weights, splits, seed)
-    labels = zoo.task_of(task).labels
-    opened, tokenizer, plan = _text_model(model, weights, labels, seed)
+    labels, place = zoo.task_of(task).labels, directory_of(task, data)
+    opened, tokenizer, plan = text_model(model, weights, labels, seed)
     if image_size is not None:
         raise HapError("texts have no size in pixels", expected="image_size for images", got=str(image_size))
     options: dict[str, Any] = {
@@ -78,9 +86,9 @@ def open_job(
         "seed": seed,
         "limit": limit,
         "validation": validation,
-        "max_length": _longest(opened, tokenizer, max_length),
+        "max_length": longest(opened, tokenizer, max_length),
     }
-    splits = zoo.load_texts(task, data, tokenizer, **options)
+    splits = zoo.load_texts(task, place, tokenizer, **options)
     return Job(opened, splits, tokenizer, plan, dense=model if plan is None else None)
 
 
@@ -126,9 +134,22 @@ def _own_weights(weights: Path) -> HapError:
     return HapError("the weights are in the model's own directory", expected="no --weights", got=f"--weights {weights}")
 
 
-def _text_model(
+def need_dense(plan: hap.Plan | None, model: str) -> None:
+    """Raises a HapError for a model that hap has pruned, one with a plan."""
+    if plan is not None:
+        raise HapError(
+            f"{model} is pruned already", expected="the dense model", remedy="prune the dense model to the whole budget"
+        )
+
+
+def text_model(
     spec: str, weights: Path | None, labels: tuple[str, ...], seed: int
 ) -> tuple[nn.Module, Any, hap.Plan | None]:
+    """A classifier of texts with its tokenizer, and its plan if hap has pruned it.
+
+    Raises:
+        HapError: the words name no such model, or it cannot be opened.
+    """
     source, _, name = spec.partition(":")
     if source not in ("hf", "hap"):
         raise HapError(
@@ -145,7 +166,7 @@ def _text_model(
     return small, pretrained.load_tokenizer(name), plan
 
 
-def _longest(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
+def longest(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
     """`max_length`, where the model has so many positions, of which its tokenizer may not know."""
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     if max_length is not None and 0 < positions < max_length:

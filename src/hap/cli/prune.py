@@ -9,129 +9,123 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hap.cli import launch, sources
-from hap.cli.jobs import open_job
-from hap.cli.screen import Bars, show
-from hap.errors import HapError
+from hap.cli.jobs import need_dense, open_job
+from hap.cli.panels import BUDGET, LEAVES, METHOD, MODEL, OUTPUT, TUNING, Data
+from hap.cli.screen import progress, show, warn
 from hap.pipeline import Training, run
+from hap.pipeline.origin import untrained
 from hap.pipeline.together import is_first
 from hap.types import Budget, silent
-
-Name = Annotated[str, typer.Option(help=f"{sources.SPECS}.")]
-Data = Annotated[str, typer.Option(help="digits, cifar10:DIR or imagefolder:DIR; with --task its directory.")]
 
 LATENCIES = Path.home() / ".cache" / "hap" / "latency.json"
 
 
 def prune(
-    model: Name,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="The run directory; also a checkpoint for hap.load.")],
+    *,
+    model: Annotated[str, MODEL(help=f"{sources.SPECS}.")],
+    weights: Annotated[Path | None, MODEL(help="The trained model's safetensors file.")] = None,
+    data: Data = None,
     task: Annotated[
-        str | None, typer.Option(help="For texts, with hf:PATH: glue/mrpc, glue/sst2, glue/qnli, glue/cola, glue/rte.")
+        str | None, MODEL(help="For texts, with hf:PATH: glue/mrpc, glue/sst2, glue/qnli, glue/cola, glue/rte.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="The trained model's safetensors file.")] = None,
-    units: Annotated[
-        str | None, typer.Option(help="What may leave: heads, neurons, channels, with commas; default: all.")
-    ] = None,
-    keep_heads: Annotated[
-        float | None, typer.Option(help="Fraction of the attention heads (of their parameters) that may remain.")
-    ] = None,
-    keep_params: Annotated[float | None, typer.Option(help="Fraction of parameters that may remain.")] = None,
-    keep_macs: Annotated[float | None, typer.Option(help="Fraction of multiply-accumulates that may remain.")] = None,
+    max_length: Annotated[int | None, MODEL(help="The most tokens of a text; default 128.")] = None,
+    batch_size: Annotated[int | None, MODEL(help="Examples in a batch; default 128, of texts 32.")] = None,
+    limit: Annotated[int | None, MODEL(help="At most so many examples of each split, for quick runs.")] = None,
+    workers: Annotated[int, MODEL(help="Processes that read images (imagefolder).")] = 0,
+    seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
+    device: Annotated[str, MODEL(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    keep_params: Annotated[float | None, BUDGET(help="Of the parameters.")] = None,
+    keep_macs: Annotated[float | None, BUDGET(help="Of the multiply-accumulates.")] = None,
+    keep_heads: Annotated[float | None, BUDGET(help="Of the attention heads (of their parameters).")] = None,
     keep_latency: Annotated[
         float | None,
-        typer.Option(
-            help="Fraction of the latency that may remain, as measured here; default: 1 for images where mode "
-            "optimal may implant, so that no implant makes the model slower than it was."
+        BUDGET(
+            help="Of the latency, as measured here; default: 1 for images where mode optimal may implant, so that no "
+            "implant makes the model slower than it was."
         ),
     ] = None,
     any_latency: Annotated[
-        bool, typer.Option("--any-latency", help="Time nothing: implants may make the model slower than it was.")
+        bool, BUDGET("--any-latency", help="Time nothing: implants may make the model slower than it was.")
     ] = False,
-    latency_batch: Annotated[int, typer.Option(help="Examples whose latency counts for --keep-latency.")] = 1,
+    latency_batch: Annotated[int, BUDGET(help="Examples whose latency counts for --keep-latency.")] = 1,
     latency_cache: Annotated[
-        Path, typer.Option(help="Where measured layer times are kept for the next run.")
+        Path,
+        BUDGET(help="Where measured layer times are kept for the next run.", show_default="~/.cache/hap/latency.json"),
     ] = LATENCIES,
+    units: Annotated[
+        str | None, LEAVES(help="Kinds, with commas: heads, neurons, channels; default: all; heads for --keep-heads.")
+    ] = None,
+    floor: Annotated[int, LEAVES(help="Units that every family keeps at least.")] = 1,
+    min_width: Annotated[
+        list[str] | None,
+        LEAVES(help="FAMILY=N: it keeps at least N units (8) or this share (0.5); patterns too: 'layer3.*=0.5'."),
+    ] = None,
+    max_width: Annotated[list[str] | None, LEAVES(help="FAMILY=N: it keeps at most so many.")] = None,
+    round_to: Annotated[int, LEAVES(help="Keep a multiple of this many units in each family.")] = 1,
+    protect: Annotated[
+        list[str] | None, LEAVES(help="A module, or pattern, whose own channels all stay; may be given again.")
+    ] = None,
+    ignore: Annotated[list[str] | None, LEAVES(help="A module to leave alone; may be given again.")] = None,
+    inexact: Annotated[bool, LEAVES("--inexact", help="Also prune channels that a normalisation mixes.")] = False,
     criterion: Annotated[
-        str, typer.Option(help="gate-fisher, hessian-trace (the paper's), or another of docs/criteria.md.")
+        str, METHOD(help="gate-fisher, hessian-trace (the paper's), or another of docs/criteria.md.")
     ] = "gate-fisher",
+    samples: Annotated[
+        str, METHOD(help="Calibration examples; auto: until the ranking is settled, 8192 at most.")
+    ] = "512",
+    draws: Annotated[int | None, METHOD(help="Probes per batch, or labels per example; default by criterion.")] = None,
     mode: Annotated[
-        str, typer.Option(help="paper: one global ranking; optimal: the least predicted loss for exact costs.")
+        str, METHOD(help="paper: one global ranking; optimal: the least predicted loss for exact costs.")
     ] = "optimal",
     joint: Annotated[
         bool | None,
-        typer.Option(
+        METHOD(
             "--joint/--no-joint",
             help="optimal: choose units together, or one by one; default: together where the criterion can.",
         ),
     ] = None,
     implant_ratio: Annotated[
         float,
-        typer.Option(
+        METHOD(
             help="paper: of the filters and heads to prune, the most sensitive share that gets implants; 0: none. "
             "optimal: any other value lets the planner implant what pays."
         ),
     ] = 0.1,
-    samples: Annotated[
-        str, typer.Option(help="Calibration examples; auto: until the ranking is settled, 8192 at most.")
-    ] = "512",
-    draws: Annotated[
-        int | None, typer.Option(help="Probes per batch, or labels per example; default by criterion.")
-    ] = None,
-    floor: Annotated[int, typer.Option(help="Units that every family keeps at least.")] = 1,
-    min_width: Annotated[
-        list[str] | None,
-        typer.Option(help="FAMILY=N: it keeps at least N units (8) or this share (0.5); patterns too: 'layer3.*=0.5'."),
-    ] = None,
-    max_width: Annotated[list[str] | None, typer.Option(help="FAMILY=N: it keeps at most so many.")] = None,
-    protect: Annotated[
-        list[str] | None, typer.Option(help="A module, or pattern, whose own channels all stay; may be given again.")
-    ] = None,
-    round_to: Annotated[int, typer.Option(help="Keep a multiple of this many units in each family.")] = 1,
-    inexact: Annotated[bool, typer.Option("--inexact", help="Also prune channels that a normalisation mixes.")] = False,
-    ignore: Annotated[list[str] | None, typer.Option(help="A module to leave alone; may be given again.")] = None,
     iterations: Annotated[
-        int, typer.Option(help="Rounds of measuring, pruning a little and fine-tuning; implants come in the last.")
+        int, METHOD(help="Rounds of measuring, pruning a little and fine-tuning; implants come in the last.")
     ] = 1,
     recover: Annotated[
         str,
-        typer.Option(
+        METHOD(
             help="After the cut: refit (what is left is solved anew in closed form), recalibrate (batch-norm "
             "statistics) or none."
         ),
     ] = "refit",
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning, in each round; 0 skips it.")] = 1,
+    epochs: Annotated[int, TUNING(help="Epochs, in each round; 0 skips fine-tuning.")] = 1,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw, 0.00005 for texts."),
+        TUNING(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw, 0.00005 for texts."),
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw; default sgd, for texts adamw.")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine, step or constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Fraction of all steps in which the learning rate rises.")] = 0.0,
-    clip: Annotated[
-        float | None, typer.Option(help="Largest norm of the whole gradient; default none, 1 for texts.")
-    ] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the weights' moving average; default: none.")] = None,
+    optimizer: Annotated[str | None, TUNING(help="sgd or adamw; default sgd, for texts adamw.")] = None,
+    schedule: Annotated[str, TUNING(help="cosine, step or constant.")] = "cosine",
+    warmup: Annotated[float, TUNING(help="Fraction of all steps in which the learning rate rises.")] = 0.0,
+    clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
+    ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
     label_smoothing: Annotated[
-        float, typer.Option(help="Share of each label that is spread over all classes in training.")
+        float, TUNING(help="Share of each label that is spread over all classes in training.")
     ] = 0.0,
     distill: Annotated[
-        float, typer.Option(help="Weight of the dense model's outputs in the training loss, from 0 to 1.")
+        float, TUNING(help="Weight of the dense model's outputs in the training loss, from 0 to 1.")
     ] = 0.0,
-    temperature: Annotated[float, typer.Option(help="That softens them.")] = 2.0,
-    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
-    precision: Annotated[str, typer.Option(help="Of the forward pass in training: no, bf16 or fp16.")] = "no",
-    compile: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+    temperature: Annotated[float, TUNING(help="That softens them.")] = 2.0,
+    accumulate: Annotated[int, TUNING(help="Batches that make one step.")] = 1,
+    precision: Annotated[str, TUNING(help="Of the forward pass in training: no, bf16 or fp16.")] = "no",
+    compile: Annotated[bool, TUNING("--compile", help="Train through torch.compile.")] = False,
+    out: Annotated[Path, OUTPUT(help="The run directory; also a checkpoint for hap.load.")],
+    overwrite: Annotated[bool, OUTPUT("--overwrite", help="Replace the run directory if it exists.")] = False,
     log: Annotated[
-        str | None, typer.Option("--log-to", help="Where losses and times go as well: tensorboard, wandb or mlflow.")
+        str | None, OUTPUT("--log-to", help="Where losses and times go as well: tensorboard, wandb or mlflow.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch; default 128, of texts 32.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="The most tokens of a text; default 128.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many examples of each split, for quick runs.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that read images (imagefolder).")] = 0,
-    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run directory if it exists.")] = False,
 ) -> None:
     """Measure, plan, prune with implants, fine-tune, evaluate, save and report.
 
@@ -152,7 +146,7 @@ def prune(
     accelerator = launch.accelerator(sources.device(device))
     target = sources.device(device) if accelerator is None else accelerator.device
     first = is_first()
-    with launch.tracking(log, out, {"model": model, "data": data, "task": task}) as numbers, Bars() as bars:
+    with launch.tracking(log, out, {"model": model, "data": data, "task": task}) as numbers, progress() as bars:
         job = open_job(
             model,
             data,
@@ -165,12 +159,9 @@ def prune(
             max_length=max_length,
             device=target,
         )
-        if job.plan is not None:
-            raise HapError(
-                f"{model} is pruned already",
-                expected="the dense model",
-                remedy="prune the dense model to the whole budget",
-            )
+        need_dense(job.plan, model)
+        if first and (note := untrained(model, weights, len(job.data.classes))):
+            warn(note)
         given = {"epochs": epochs, "schedule": schedule, "warmup": warmup, "ema": ema}
         given |= {"label_smoothing": label_smoothing, "distill": distill, "temperature": temperature}
         given |= {"accumulate": accumulate, "precision": precision, "compile": compile}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,36 +15,47 @@ from hap import recipes
 from hap.checkpoint import refuse_existing
 from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job
-from hap.cli.screen import Bars, console, show
+from hap.cli.panels import OUTPUT, RECIPE
+from hap.cli.screen import console, progress, show, warn
 from hap.errors import HapError
+from hap.pipeline.origin import untrained
 from hap.pipeline.together import by_the_first, is_first
 from hap.types import silent
-from hap.zoo.data import ENVIRONMENT
+from hap.zoo.splits import ENVIRONMENT
+
+CONFIGS = Path("configs")
 
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, such as configs/paper/cifar10-resnet56.yaml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The run directory, also a checkpoint for hap.load; default: runs/RECIPE.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help=f"Where the data is; default: ${ENVIRONMENT}.")] = None,
+    *,
+    data: Annotated[Path | None, RECIPE(help=f"Where the data is; default: ${ENVIRONMENT}.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="section.key=value: in place of the recipe's; may be given again."),
+        RECIPE("--set", help="section.key=value: in place of the recipe's; may be given again."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Scale down: at most so many examples, samples and draws, and one epoch of each training."),
+        RECIPE(help="Scale down: at most so many examples, samples and draws, and one epoch of each training."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random; default: the recipe's.")] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Another run directory: the rival in a target of kind gain.")
+    seed: Annotated[int | None, RECIPE(help="Of everything drawn at random; default: the recipe's.")] = None,
+    device: Annotated[str, RECIPE(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    against: Annotated[Path | None, RECIPE(help="Another run directory: the rival in a target of kind gain.")] = None,
+    out: Annotated[
+        Path | None, OUTPUT(help="The run directory, also a checkpoint for hap.load; default: runs/RECIPE.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[bool, OUTPUT("--overwrite", help="Replace the run directory if it exists.")] = False,
+    restart: Annotated[
+        bool,
+        OUTPUT(
+            "--restart",
+            help="Do again the rounds that OUT.work keeps of a killed run; and the dense training, where the recipe "
+            "has another now.",
+        ),
+    ] = False,
     log: Annotated[
-        str | None, typer.Option("--log-to", help="Where losses and times go as well: tensorboard, wandb or mlflow.")
+        str | None, OUTPUT("--log-to", help="Where losses and times go as well: tensorboard, wandb or mlflow.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run directory if it exists.")] = False,
 ) -> None:
     """Run a recipe: train or load the dense model, measure, plan, prune, fine-tune, evaluate, report.
 
@@ -53,6 +64,7 @@ def run(
     """
     given = {"data.directory": data, "seed": seed}
     more = [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in given.items() if v is not None]
+    _need_file(recipe)
     what = recipes.read(recipe, [*(settings or ()), *more], limit=limit)
     rival = _accuracy(against, what) if against is not None else None
     place = out or Path("runs") / recipe.stem
@@ -64,8 +76,11 @@ def run(
     refuse_existing(place, overwrite)
     where = sources.device(device) if accelerator is None else accelerator.device
     first = is_first()
-    with launch.tracking(log, place, {"recipe": str(recipe)}) as numbers, Bars() as bars:
+    with launch.tracking(log, place, {"recipe": str(recipe)}) as numbers, progress() as bars:
         job = _open(what, where)
+        trained = what.dense.train is not None
+        if first and not trained and (note := untrained(what.model, what.dense.weights, len(job.data.classes))):
+            warn(note)
         done = recipes.execute(
             what,
             job.model.to(where),
@@ -74,6 +89,7 @@ def run(
             tokenizer=job.tokenizer,
             rival=rival,
             overwrite=overwrite,
+            restart=restart,
             accelerator=accelerator,
             log=numbers,
             progress=bars if first else silent,
@@ -81,6 +97,20 @@ def run(
     if first:
         console.print(what.title)
         show(done)
+
+
+def _need_file(recipe: Path) -> None:
+    """Raises a HapError where there is no such recipe, with the nearest that there is."""
+    if recipe.exists():
+        return
+    found = [*recipe.parent.glob("*.y*ml"), *CONFIGS.rglob("*.y*ml")]
+    names = {file.stem: file for file in found}
+    near = difflib.get_close_matches(recipe.stem, names, n=3, cutoff=0.5)
+    raise HapError(
+        f"there is no recipe {recipe}",
+        expected="a YAML file; those that come with hap are in configs/",
+        remedy=f"did you mean {' or '.join(str(names[name]) for name in near)}?" if near else "",
+    )
 
 
 def _open(recipe: recipes.Recipe, device: torch.device) -> Job:
@@ -95,25 +125,11 @@ def _open(recipe: recipes.Recipe, device: torch.device) -> Job:
         "max_length": data.max_length,
     }
     if data.is_text:
-        return open_job(recipe.model, str(_texts(data)), task=data.name, **options)
+        directory = None if data.directory is None else str(data.directory)
+        return open_job(recipe.model, directory, task=data.name, **options)
     spec = data.name if data.directory is None else f"{data.name}:{data.directory}"
     weights = Path(recipe.dense.weights).expanduser() if recipe.dense.weights else None
     return open_job(recipe.model, spec, weights=weights, device=device, **options)
-
-
-def _texts(data: recipes.Data) -> Path:
-    """The directory of a task: what is given, or the environment's, or ``glue`` in that."""
-    if data.directory is not None:
-        return data.directory
-    if not os.environ.get(ENVIRONMENT):
-        raise HapError(
-            f"where is {data.name}?",
-            expected=f"--data, data.directory in the recipe, or the environment variable {ENVIRONMENT}",
-            got=f"none of them, and {ENVIRONMENT} is not set",
-        )
-    root = Path(os.environ[ENVIRONMENT]).expanduser()
-    inside = root / data.name.partition("/")[0]
-    return inside if inside.is_dir() else root
 
 
 def _accuracy(directory: Path, recipe: recipes.Recipe) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sized
+from functools import partial
 from typing import TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,11 +24,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hap.cli.lines import Lines
 from hap.pipeline import Run
 from hap.report import Comparison
 
 T = TypeVar("T")
-console = Console(stderr=False)
+console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 160  # a file or a pipe has no width: tables need not be squeezed
 
 
 class _Rate(ProgressColumn):
@@ -44,7 +50,7 @@ class Bars:
     All bars go when the block ends, also those of loops that were left early.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=24),
@@ -53,7 +59,7 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
+            console=screen,
             transient=True,
         )
 
@@ -76,6 +82,17 @@ class Bars:
             self._progress.remove_task(task)
 
 
+def progress() -> Bars | Lines:
+    """Bars where someone watches; plain lines where standard error is a file or a pipe."""
+    screen = Console(file=sys.stderr)
+    return Bars(screen) if screen.is_interactive else Lines(partial(typer.echo, err=True))
+
+
+def warn(text: str) -> None:
+    """Says what the user should know before it starts."""
+    typer.echo(f"warning: {text}", err=True)
+
+
 def show(run: Run) -> None:
     """Prints what was done, the before/after table and where everything lies."""
     plan = run.result.plan
@@ -87,8 +104,9 @@ def show(run: Run) -> None:
     implanted = sum(len(i.indices) for i in plan.filters.values())
     narrow = sum(len(i.indices) for _, i in plan.narrowed.values())
     error = run.result.verification.max_relative_error
-    heads = f", {narrow} heads made narrow" if narrow else ""
-    console.print(f"pruned: {pruned}; {implanted} filters implanted{heads} ({plan.criterion})")
+    smaller = {"filters implanted": implanted, "heads made narrow": narrow}
+    replaced = ", ".join(f"{count} {what}" for what, count in smaller.items() if count) or "nothing implanted"
+    console.print(f"pruned: {pruned}; {replaced} ({plan.criterion})")
     console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
     for number, found in enumerate(run.rounds, start=1):
         which = f"round {number}: " if len(run.rounds) > 1 else ""
@@ -101,6 +119,9 @@ def show(run: Run) -> None:
         console.print(f"validation accuracy before fine-tuning: {100 * run.as_cut.accuracy:.2f} %; kept: {kept}")
     console.print(rich_table(run.comparison))
     console.print("latency small vs dense: the median of paired runs, which other work on the machine disturbs less")
+    console.print(f"accuracy and loss: of {run.tested:,} test examples")
+    for note in run.notes:
+        console.print(f"note: {note}", highlight=False)
     if plan.budget.latency is not None and plan.options.get("latency_measured", 0) > 1.05 * plan.budget.latency:
         console.print(
             f"the goal of {plan.budget.latency:.2f} of the latency was missed: give a smaller --keep-latency, or make "

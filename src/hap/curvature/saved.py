@@ -17,7 +17,7 @@ from torch import nn
 
 from hap.batches import digest
 from hap.curvature.sums import Part
-from hap.errors import HapError
+from hap.errors import HapError, need_same
 from hap.types import Structure
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Saved:
             raise self._refused("a state that measure saved", str(error)) from error
         if about.get("format") != _FORMAT:
             raise self._refused(_FORMAT, f"format {about.get('format')!r}")
-        self._need_same(json.loads(about["run"]))
+        need_same(json.loads(about["run"]), self.run, self._refused)
         return about, tensors
 
     def save(self, count: int, first: str, parts: Sequence[Part], generators: Sequence[torch.Generator]) -> None:
@@ -133,12 +133,6 @@ class Saved:
     @property
     def _beside(self) -> Path:
         return self.path.with_name(f"{self.path.name}.tmp")
-
-    def _need_same(self, run: Mapping[str, str]) -> None:
-        for name in sorted({*run, *self.run}):
-            there, here = run.get(name, "none"), self.run.get(name, "none")
-            if there != here:
-                raise self._refused(f"{name} {there}, as in the file", f"{name} {here}")
 
     def _refused(self, expected: str, got: str) -> HapError:
         return HapError(

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from hap.batches import arguments, device_of, resized, to_device
-from hap.checkpoint import fresh_directory, refuse_existing
+from hap.checkpoint import Origin, fresh_directory, refuse_existing
 from hap.errors import unknown
+from hap.pipeline.origin import origin
 from hap.pipeline.record import BATCH, Round, Run, compare, write_run
 from hap.pipeline.rounds import in_rounds, repeatable
 from hap.pipeline.stages import Result, prune, step
@@ -89,7 +90,8 @@ def run(
         save_every: seconds between two saves of the fine-tuning's state there.
         parts: directories that are copied into the run directory, by the name that they have there.
         spent: seconds of stages that came before, for the record.
-        options: for the record in ``report.json``: how the model and the data were chosen.
+        options: for the record and the model card, how the model and the data were chosen: ``model``, ``weights``,
+            ``task``, ``data`` and ``limit``, as `hap prune` has them, and whatever else is to be kept.
         log: takes losses and learning rates while training, see `hap.finetune`; at the end the seconds of each stage
             and the test results.
         progress: shows how far the stages are.
@@ -100,6 +102,7 @@ def run(
         raise unknown("recovery", recover, get_args(Recover))
     refuse_existing(out, overwrite)
     settings = repeatable(settings)
+    about = origin(options or {}, data, model)
     seconds: dict[str, float] = dict(spent or {})
 
     steps = None if log is None else Steps(log)
@@ -159,19 +162,25 @@ def run(
     found = reached(
         targets, (before.accuracy, after.accuracy), fractions(result.plan.small, result.plan.dense), rival=rival
     )
-    done = Run(result, comparison, rounds, latency, out, seconds, found)
+    done = Run(result, comparison, rounds, latency, out, seconds, found, after.samples, tuple(about.notes))
     record = {**(options or {}), "seed": seed, "recover": recover, "training": dataclasses.asdict(training)}
-    by_the_first(lambda: _write(done, model, tokenizer, record, parts or {}, overwrite))
+    by_the_first(lambda: _write(done, model, tokenizer, record, about, parts or {}, overwrite))
     if steps is not None and is_first():
         steps.stage()(_summary(done, after), 0)
     return done
 
 
 def _write(
-    done: Run, model: nn.Module, tokenizer: Any, record: dict[str, Any], parts: Mapping[str, Path], overwrite: bool
+    done: Run,
+    model: nn.Module,
+    tokenizer: Any,
+    record: dict[str, Any],
+    about: Origin,
+    parts: Mapping[str, Path],
+    overwrite: bool,
 ) -> None:
     with fresh_directory(done.directory, overwrite=overwrite) as staging:
-        write_run(done, model, staging, tokenizer, record)
+        write_run(done, model, staging, tokenizer, record, about)
         for name, source in parts.items():
             shutil.copytree(source, staging / name)
 

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from safetensors.torch import save_file
 
-from hap.errors import HapError, unwritable
+from hap.errors import HapError, need_same, unwritable
 from hap.pipeline.together import by_the_first, is_first
 from hap.planning import Plan
 from hap.types import Sensitivity
@@ -78,9 +79,7 @@ def _read(folder: Path, run: Mapping[str, str]) -> Chosen:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise _refused(folder, f"{PLAN} and {SENSITIVITY} as prune left them", str(error)) from error
-    for name in sorted({*there, *run}, key=lambda name: (name in DIGESTS, name)):  # a setting says more than a hash
-        if there.get(name) != run.get(name):
-            raise _refused(folder, f"{name} {there.get(name)}, as there", str(run.get(name)))
+    need_same(there, run, partial(_refused, folder), last=DIGESTS)  # a setting says more than a hash
     parts: dict[str, Any] = {kind: {} for kind in TENSORS}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from hap.batches import device_of
-from hap.checkpoint import stored_bytes, write
+from hap.checkpoint import Origin, stored_bytes, write
 from hap.curvature import CRITERIA
 from hap.pipeline.stages import Result
-from hap.planning import Latency, versions
+from hap.planning import Latency, Plan, versions
 from hap.report import Comparison, Measured, Reached, sensitivity_plot, table, width_plot, write_json
 from hap.training import History
 from hap.types import Cost, Evaluation
@@ -55,6 +55,8 @@ class Run:
         seconds: time of each stage.
         directory: where everything was written.
         targets: what it was held against, and how far it is from it.
+        tested: the test examples that accuracy and loss are of.
+        notes: what a reader must know of the numbers.
     """
 
     result: Result
@@ -64,6 +66,8 @@ class Run:
     directory: Path
     seconds: dict[str, float] = field(default_factory=dict)
     targets: tuple[Reached, ...] = ()
+    tested: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def as_cut(self) -> Evaluation:
@@ -98,6 +102,7 @@ def compare(
         {
             "params": (plan.dense.params, plan.small.params),
             "macs": (plan.dense.macs, plan.small.macs),
+            **_heads(plan),
             "latency_ms": (_measured(one["dense"]), _measured(one["small"])),
             "batch_latency_ms": (_measured(many["dense"]), _measured(many["small"])),
             "bytes": (stored_bytes(model), stored_bytes(result.model)),
@@ -109,17 +114,27 @@ def compare(
     )
 
 
+def _heads(plan: Plan) -> dict[Any, tuple[int, int]]:
+    """The number of attention heads and of their weights, where they have become fewer."""
+    decisions = [plan.decisions[family.name] for family in plan.structure.families if family.kind == "head"]
+    kept, gone = sum(len(d.keep) for d in decisions), sum(len(d.prune) for d in decisions)
+    heads = {"heads": (kept + gone, kept)} if gone else {}
+    return heads | ({"head_params": (plan.dense.heads, plan.small.heads)} if plan.narrowed else {})
+
+
 def _measured(latency: Latency) -> Measured:
     """The median and half the distance of the quartiles."""
     return Measured(latency.median, (latency.high - latency.low) / 2)
 
 
-def write_run(done: Run, model: nn.Module, directory: Path, tokenizer: Any, options: dict[str, Any]) -> None:
+def write_run(
+    done: Run, model: nn.Module, directory: Path, tokenizer: Any, options: dict[str, Any], origin: Origin
+) -> None:
     """Writes the checkpoint, the two plots and ``report.json`` into a directory that exists."""
     result = done.result
     cost_rows = {"params", "macs"}  # the model card has these from the plan
     results = {row.label: row.cells()[1:3] for row in done.comparison.rows if row.quantity not in cost_rows}
-    write(result.model, result.plan, directory, results=results, tokenizer=tokenizer)
+    write(result.model, result.plan, directory, results=results, origin=origin, tokenizer=tokenizer)
     sensitivity_plot(result.sensitivity, result.plan, directory / "sensitivity.png")
     width_plot(result.plan, directory / "widths.png")
     write_json(directory / "report.json", _report(done, model, options))
@@ -135,6 +150,8 @@ def _report(done: Run, model: nn.Module, options: dict[str, Any]) -> dict[str, A
         "versions": versions(),
         "options": {**options, **result.plan.options, "budget": dataclasses.asdict(result.plan.budget)},
         "criterion": sensitivity.criterion,
+        "notes": list(done.notes),
+        "test_examples": done.tested,
         "comparison": {
             row.quantity: {
                 "dense": row.dense.value,

@@ -38,6 +38,10 @@ class Result:
     plan: Plan
     verification: Verification
 
+    def __repr__(self) -> str:
+        proof = f"verified to {self.verification.max_relative_error:.1e}"
+        return f"Result({type(self.model).__name__}, {self.plan}, {proof})"
+
 
 def prune(
     model: nn.Module,

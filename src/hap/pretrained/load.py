@@ -16,6 +16,7 @@ from hap.pretrained.package import quiet, transformers
 
 log = logging.getLogger(__name__)
 HEAD = "ForSequenceClassification"
+HEADS = (HEAD, "ForImageClassification")
 
 
 def load_text_classifier(path: str | Path, labels: Sequence[str], *, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -51,10 +52,27 @@ def load_image_classifier(path: str | Path, classes: int, *, seed: int = 0) -> n
     A head for another number of classes is replaced by one of random weights, as is usual for images.
     """
     auto = transformers()
-    _config(path)
+    kind = str(_config(path).model_type)
+    if kind not in auto.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        raise HapError(
+            f"{path} is no model of images",
+            expected="one that AutoModelForImageClassification opens",
+            got=kind,
+            remedy="for a model of texts name the task, such as --task glue/mrpc",
+        )
     return _model(
         auto.AutoModelForImageClassification, path, {"num_labels": classes, "ignore_mismatched_sizes": True}, seed
     )
+
+
+def is_classifier(path: str | Path, classes: int) -> bool:
+    """Whether what is in a directory, or has a name on the hub, was trained to tell so many classes apart.
+
+    Raises:
+        HapError: nothing is there.
+    """
+    config = _config(path)
+    return config.num_labels == classes and any(name.endswith(HEADS) for name in config.architectures or ())
 
 
 def _config(path: str | Path) -> Any:

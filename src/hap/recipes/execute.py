@@ -41,6 +41,7 @@ def execute(
     tokenizer: Any = None,
     rival: float | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     accelerator: Any = None,
     save_every: float = 60.0,
     log: Log | None = None,
@@ -50,7 +51,7 @@ def execute(
 
     What is done is kept in a folder beside `out`, ``OUT.work``: a run that was killed goes on from there when it is
     started again with the same arguments, with the same result. At the end the folder is removed, and a dense
-    model that was trained lies in ``OUT/dense``. What changes after a dense training keeps the dense model.
+    model that was trained lies in ``OUT/dense``.
 
     Args:
         recipe: what to do.
@@ -60,18 +61,19 @@ def execute(
         tokenizer: of a model of texts.
         rival: the accuracy of another small model, for a target of kind ``gain``.
         overwrite: replace `out` if it exists.
+        restart: throw away the rounds that a killed run has done, and its dense model where the recipe has another now.
         accelerator: see `hap.finetune`; where there are several processes, each calls this with the same arguments.
         save_every: seconds between two saves of a training's state.
         log: takes losses and learning rates while training; see `hap.pipeline.run`.
         progress: shows how far it is.
 
     Raises:
-        HapError: `out` exists, the folder beside it is of another dense model, the recipe does not fit the model, or a
-            stage fails.
+        HapError: `out` exists, the folder beside it is of another recipe, the recipe does not fit the model, or a stage
+            fails.
     """
     out = Path(out).absolute()
     refuse_existing(out, overwrite)
-    work = Work.beside(out, recipe, first=is_first())
+    work = Work.beside(out, recipe, first=is_first(), restart=restart)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     steps = None if log is None else Steps(log)
@@ -95,6 +97,10 @@ def execute(
         accelerator=accelerator,
         options={
             "model": recipe.model,
+            "weights": recipe.dense.weights,
+            "task": recipe.data.name if recipe.data.is_text else None,
+            "data": str(recipe.data.directory or "") if recipe.data.is_text else recipe.data.name,
+            "limit": recipe.data.limit,
             "recipe": as_data(recipe),
             "dense_training": dense,
             "begun": work.begun,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hap.checkpoint import fresh_directory
-from hap.errors import HapError
+from hap.errors import HapError, need_same
 from hap.planning import versions
 from hap.recipes.recipe import Recipe
 from hap.report import write_json
@@ -24,7 +24,6 @@ BEGUN = "begun"
 _WORDS_ONLY = ("title", "targets", "notes")  # these change no result, nor does this:
 _WORKERS = "data.workers"
 _OF_DENSE = ("model", "data.", "dense.", "seed", "version of ")  # what the dense model is made from
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +42,29 @@ class Work:
     begun: int = 0
 
     @staticmethod
-    def beside(out: Path, recipe: Recipe, *, first: bool = True) -> Work:
+    def beside(out: Path, recipe: Recipe, *, first: bool = True, restart: bool = False) -> Work:
         """The folder for `out`, made if it is not there.
 
-        Where it is of a recipe with the same dense model, that stays, and what was done after it goes.
+        Args:
+            restart: throw away the rounds that are there; and the dense model, where it would now be another one.
 
         Raises:
-            HapError: it is there and of another dense model, was begun with other versions, or is none of hap's.
+            HapError: it is there and holds work that the recipe as it is now, or other versions, would not have done;
+                or it is none of hap's.
         """
         folder = out.with_name(f"{out.name}{SUFFIX}")
         here = _identity(recipe)
         if (folder / RECIPE).exists():
             there = _read(folder)
             begun = there.pop(BEGUN, 0)
-            _need_same(folder, there, here)
-            if first and there != here:
-                _begin_anew(folder, {**here, BEGUN: begun}, there)
+            lost = _lost(folder, there, here, restart)
+            if lost and not restart:
+                need_same(there, here, partial(_refused, folder))
+            if first:
+                for path in lost:
+                    _remove(path)
+                if there != here:
+                    _replace(folder, {**here, BEGUN: begun})
             return Work(folder, first, begun)
         begun = time.time_ns()
         if first:
@@ -141,30 +147,28 @@ def _read(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _need_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    for name in _different(there, here):
-        if name.startswith(_OF_DENSE):
-            raise HapError(
-                f"{folder} holds the work of another recipe",
-                expected=f"{name} {there.get(name)}, as there",
-                got=f"{name} {here.get(name)}",
-                remedy=f"go on with the recipe it was begun with, delete {folder}, or choose another --out",
-            )
+def _lost(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], restart: bool) -> list[Path]:
+    """What does not hold any more: the rounds where anything has changed, and all where the dense model has."""
+    if any(there.get(name) != here.get(name) for name in {*there, *here} if name.startswith(_OF_DENSE)):
+        return [path for path in folder.iterdir() if path.name != RECIPE]
+    return list(folder.glob("round*")) if restart or there != here else []
 
 
-def _begin_anew(folder: Path, record: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """Removes all but the dense model and its training, then says of which recipe the folder is now."""
-    changed = ", ".join(name for name in _different(there, record) if name != BEGUN)
-    logger.warning("%s was begun with another %s: the dense model stays, all after it is done anew", folder, changed)
-    for path in folder.glob("round*"):
-        _remove(path)
+def _refused(folder: Path, expected: str, got: str) -> HapError:
+    return HapError(
+        f"{folder} holds the work of another recipe",
+        expected=expected,
+        got=got,
+        remedy="go on with the recipe it was begun with, choose another --out, or pass --restart (restart=True): what "
+        "does not fit goes, and is done anew",
+    )
+
+
+def _replace(folder: Path, record: Mapping[str, Any]) -> None:
+    """Says of which recipe the folder is now."""
     beside = folder / f"{RECIPE}.tmp"
     write_json(beside, record)
     os.replace(beside, folder / RECIPE)
-
-
-def _different(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    return [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
 
 
 def _remove(path: Path) -> None:

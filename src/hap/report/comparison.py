@@ -9,11 +9,25 @@ from typing import Literal, get_args
 
 from hap.errors import HapError, unknown
 
-Quantity = Literal["params", "macs", "latency_ms", "batch_latency_ms", "bytes", "accuracy", "f1", "matthews", "loss"]
+Quantity = Literal[
+    "params",
+    "macs",
+    "heads",
+    "head_params",
+    "latency_ms",
+    "batch_latency_ms",
+    "bytes",
+    "accuracy",
+    "f1",
+    "matthews",
+    "loss",
+]
 
 _LABELS: dict[Quantity, str] = {
     "params": "parameters",
     "macs": "MACs",
+    "heads": "attention heads",
+    "head_params": "weights of heads",
     "latency_ms": "latency, 1 example",
     "batch_latency_ms": "latency, 32 examples",
     "bytes": "file size",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from hap.errors import HapError
+from hap.planning.constraints import constraints
 from hap.planning.plan import Plan
 from hap.report.figures import COLOURS, Tier, new_figure, save_png
 from hap.types import Family, Layer, Sensitivity
@@ -38,7 +39,7 @@ class Spectrum:
 
 
 def spectrum(sensitivity: Sensitivity, plan: Plan) -> Spectrum:
-    """All that the plan decided on: every unit, and the filters of implanted layers that were ranked alone.
+    """All that the plan decided on: units that could go, and the filters of implanted layers that were ranked alone.
 
     A unit with one producer counts as implanted when that filter is; where several layers write a
     unit, their filters are ranked and shown one by one. Scores that are not
@@ -48,8 +49,8 @@ def spectrum(sensitivity: Sensitivity, plan: Plan) -> Spectrum:
         HapError: the sensitivity is of another model, or no score is left.
     """
     parts: list[_Part] = [
-        (_values(sensitivity.scores, f.name, f.size), _values(sensitivity.stderr, f.name, f.size), _unit_tiers(f, plan))
-        for f in plan.structure.families
+        (_values(sensitivity.scores, f.name, f.size), _values(sensitivity.stderr, f.name, f.size), tiers)
+        for f, tiers in _candidates(sensitivity, plan)
     ]
     for layer in plan.structure.layers:
         loose = _loose_filters(layer, plan)
@@ -102,6 +103,17 @@ def _values(scores: Mapping[str, torch.Tensor], name: str, size: int) -> NDArray
             remedy="plot the sensitivity that the plan was decided from",
         )
     return values.detach().cpu().double().numpy()
+
+
+def _candidates(sensitivity: Sensitivity, plan: Plan) -> Iterator[tuple[Family, list[Tier]]]:
+    """The families that the plan was free to prune, or has implanted, with what becomes of each unit."""
+    names = "protect", "units", "inexact"
+    given = {name: plan.options[name] for name in names if name in plan.options}
+    rooms = constraints(plan.structure, **given, skipped=sensitivity.skipped).rooms
+    for family in plan.structure.families:
+        tiers = _unit_tiers(family, plan)
+        if rooms[family.name].most or set(tiers) != {"keep"}:
+            yield family, tiers
 
 
 def _unit_tiers(family: Family, plan: Plan) -> list[Tier]:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from hap.errors import HapError, unwritable
+from hap.errors import HapError, need_same, unwritable
 from hap.training.devices import Alone
 
 logger = logging.getLogger(__name__)
@@ -93,11 +94,7 @@ class Saved:
 
     def _step(self, path: Path) -> Step:
         _, header = _opened(path, only_header=True)
-        run = json.loads(header["run"])
-        for name in sorted({*run, *self._run}):
-            there, here = run.get(name, "none"), self._run.get(name, "none")
-            if there != here:
-                raise refused(path, f"{name} {there}, as in the file", f"{name} {here}")
+        need_same(json.loads(header["run"]), self._run, partial(refused, path))
         steps, epochs = json.loads(header["step"])
         return steps, epochs
 

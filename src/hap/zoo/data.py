@@ -12,9 +12,7 @@ import torch
 
 from hap.errors import HapError, unknown
 from hap.zoo import cifar, digits, imagefolder
-from hap.zoo.splits import DataSplits, Options
-
-ENVIRONMENT = "HAP_DATA"
+from hap.zoo.splits import ENVIRONMENT, DataSplits, Options
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the test set, as is usual in the literature, and validation is cut from the trai
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from hap.errors import HapError, unknown
 from hap.types import Metric
 from hap.zoo.optional import require
-from hap.zoo.splits import DataSplits, Options, cut_validation, divide, in_order, shuffled
+from hap.zoo.splits import ENVIRONMENT, DataSplits, Options, cut_validation, divide, in_order, shuffled
 from hap.zoo.texts import Padding, Texts, TextSplit
 from hap.zoo.tokens import Cache
 
 LAYOUTS = ("{task}_{split}.parquet", "{task}/{split}-*.parquet")  # one folder, or Hugging Face's
+SPLITS = ("train", "validation", "test")
 POOL = 64  # batches that are sorted by length together
 WHOLE = 2**31  # as a pool: all batches
 
@@ -76,9 +78,29 @@ def task_of(name: str) -> Task:
     return TASKS[name]
 
 
+def directory_of(task: str, directory: str | Path | None) -> Path:
+    """Where a task's files are: in the directory, or in the folder ``glue`` in it; None: of what HAP_DATA says.
+
+    Raises:
+        HapError: there are none, or nothing says where.
+    """
+    given = directory or os.environ.get(ENVIRONMENT, "")
+    if not given:
+        raise HapError(
+            f"where is {task}?",
+            expected=f"the directory of its files (--data), or the environment variable {ENVIRONMENT}",
+            got=f"neither: {ENVIRONMENT} is not set",
+        )
+    root = Path(given).expanduser()
+    for place in (root, root / task.partition("/")[0]):
+        if any(_find(place, task, split) for split in SPLITS):
+            return place
+    raise _missing(task, root)
+
+
 def load_texts(
     task: str,
-    directory: str | Path,
+    directory: str | Path | None,
     tokenizer: Any,
     *,
     batch_size: int = 32,
@@ -92,7 +114,8 @@ def load_texts(
 
     Args:
         task: a key of `TASKS`.
-        directory: holds ``mrpc_train.parquet`` and so on, or ``mrpc/train-*.parquet`` as on the Hugging Face hub.
+        directory: holds ``mrpc_train.parquet`` and so on, or ``mrpc/train-*.parquet`` as on the Hugging Face hub; or a
+            folder ``glue`` that does. None: what the environment variable HAP_DATA says.
         tokenizer: the model's, from `transformers`.
         batch_size: texts in a batch.
         seed: of the validation split and the order of training, as in `load_data`.
@@ -109,7 +132,7 @@ def load_texts(
         HapError: unknown task, files or columns that miss or are damaged, labels out of range, or a tokenizer that
             cannot pad or reads no texts of this length.
     """
-    what, root = task_of(task), Path(directory).expanduser()
+    what, root = task_of(task), directory_of(task, directory)
     longest = _longest(tokenizer, max_length)
     options = Options(batch_size, seed, validation, limit, None, 0)
     padding = Padding.of(tokenizer)
@@ -141,7 +164,7 @@ Part = tuple[Texts, torch.Tensor]  # and which of them
 
 
 def _parts(task: str, root: Path, options: Options, read: Callable[[str], Texts | None]) -> dict[str, Part]:
-    train, validation, test = (_labelled(read(split)) for split in ("train", "validation", "test"))
+    train, validation, test = (_labelled(read(split)) for split in SPLITS)
     if train is not None and validation is not None and test is not None:
         if options.validation is not None:
             raise HapError(
@@ -162,7 +185,7 @@ def _parts(task: str, root: Path, options: Options, read: Callable[[str], Texts 
         }
     only = train or reported
     if only is None:
-        raise _missing(task, root)
+        raise _missing(task, root)  # the only files have hidden labels
     rest, held_out = divide(len(only.labels), max(1, len(only.labels) // 5), seed=0)
     indices = cut_validation(len(rest), options)
     return {

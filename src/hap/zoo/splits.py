@@ -18,6 +18,7 @@ from hap.batches import Batch
 from hap.errors import HapError
 from hap.types import Metric
 
+ENVIRONMENT = "HAP_DATA"  # the variable that names the folder of data sets
 ImageBatch = tuple[torch.Tensor, torch.Tensor]
 
 
