@@ -204,3 +204,14 @@ def test_nothing_is_done_where_the_directory_exists(recipe_file: Path, tmp_path:
     with pytest.raises(hap.HapError, match="exists already"):
         execute(recipes.read(recipe_file), tmp_path / "run")
     assert not (tmp_path / "run.work").exists()
+
+
+def test_says_that_given_weights_are_only_where_training_begins(
+    recipe_file: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = undisturbed / "dense" / "model.safetensors"
+    execute(recipes.read(recipe_file, [f"dense.weights={weights}"]), tmp_path / "one")
+    assert f"training the dense model for 2 epochs from {weights}: dense.train=null" in caplog.text
+    caplog.clear()
+    execute(recipes.read(recipe_file, [f"dense.weights={weights}", "dense.train=null"]), tmp_path / "two")
+    assert "training the dense model" not in caplog.text

@@ -133,6 +133,12 @@ def _train_(
     if training is None:
         return None
     if not work.dense.exists():
+        if recipe.dense.weights is not None:
+            logger.warning(
+                "training the dense model for %d epochs from %s: dense.train=null takes its weights as they are",
+                training.epochs,
+                recipe.dense.weights,
+            )
         check(recipe, model, data)
         start = time.perf_counter()
         train = copy.copy(data.train)  # one of its own: that this one was read must not change the order of the other
