@@ -12,6 +12,7 @@ import torch
 
 from hap.curvature import CRITERIA, Criterion, GateFisher, Scores, measure, sampling
 from hap.curvature.saved import digest
+from hap.curvature.sums import Sums
 from hap.errors import HapError
 
 RESUMABLE = sorted(name for name, criterion in CRITERIA.items() if criterion.resumable)
@@ -148,6 +149,49 @@ def test_sampling_until_it_is_settled_refuses_another_run(five, tmp_path, small_
     with pytest.raises(HapError, match="does not fit") as caught:
         measure(five.model, five.batches[:1], None, five.structure, state=tmp_path / "state", **small_looks)
     assert "6 examples" in caught.value.expected
+
+
+def test_other_data_in_chunks_that_are_done_are_refused(five, tmp_path, small_looks):
+    begin(five, tmp_path / "state", 3, **small_looks)
+    generator = torch.Generator().manual_seed(9)
+    other = [(torch.randn(x.shape, generator=generator, dtype=x.dtype), y) for x, y in five.batches[:2]]
+    with pytest.raises(HapError, match="does not fit") as caught:
+        measure(five.model, [*other, *five.batches[2:]], None, five.structure, state=tmp_path / "state", **small_looks)
+    assert "the first batch" in caught.value.expected
+
+
+@pytest.mark.parametrize("at", [None, 2, 7])
+def test_a_criterion_may_go_through_the_data_twice(five, tmp_path, at):
+    class Twice(Criterion):
+        name, resumable = "twice", True
+
+        def score(self, problem):
+            first, second = Sums(), Sums()
+            for _, (x, _y) in problem.share("mean", first):
+                first.add(total=x.sum(), count=x.numel())
+            mean = first["total"] / first["count"]
+            for _, (x, _y) in problem.share("variance", second):
+                second.add(total=(x - mean).square().sum(), count=x.numel())
+            scores = {f.name: torch.full((f.size,), float(second["total"])) for f in problem.structure.families}
+            return Scores(1, 0, scores, {name: torch.zeros_like(value) for name, value in scores.items()})
+
+    class Stopping(list):
+        given = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                if Stopping.given == at:
+                    raise Stop
+                Stopping.given += 1
+                yield batch
+
+    args = five.model, five.batches, None, five.structure
+    undisturbed = measure(*args, criterion=Twice())
+    options = {"criterion": Twice(), "state": tmp_path / "state", "save_every": 0}
+    if at is not None:
+        with pytest.raises(Stop):
+            measure(five.model, Stopping(five.batches), None, five.structure, **options)
+    assert equal(measure(*args, **options), undisturbed)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")

@@ -42,7 +42,7 @@ def until_settled(criterion: Criterion, problem: Problem, *, keep: float, risk: 
     need_additive(criterion)
     reader = _Reader(problem.batches(criterion.label))
     merged, walk = Merged(), problem.walk
-    chunks = walk.resume(merged)
+    chunks = walk.resume(merged, reader.first)
     if walk.saved:
         walk.saved.need_count(reader.skip(merged.count), merged.count, of="examples")
     look = min(FIRST, problem.samples)
@@ -176,6 +176,7 @@ class Merged:
         """See `Part.merge`; this one must be empty."""
         if not state:
             return
+        assert not self.count, "merges into an empty one only"
         count, self.draws, self.terms, self._weights, freedom = state["facts"].tolist()
         self.count, self.draws, self._freedom = int(count), int(self.draws), int(freedom)
         self._mean, self._squares, self._gram = state["mean"], state["squares"], state.get("gram")
@@ -237,6 +238,11 @@ class _Reader:
         if self._held is None:
             self._held = next(self._items, None)
         return self._held is not None
+
+    def first(self) -> batches.Batch:
+        """The batch that comes next, which stays."""
+        self.more()
+        return self._held
 
     def skip(self, count: int) -> int:
         """Leave out that many examples, or what is left; returns how many."""

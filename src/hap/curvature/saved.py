@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -49,24 +51,34 @@ class Saved:
         self.run = dict(run)
         self.every = every
         self.chunk = 0
+        self._loop = -1  # of those over this chunk's batches: a criterion may have several
         self._before: Part | None = None
         self._last = time.monotonic()
 
-    def restore_before(self, before: Part) -> None:
+    def restore_before(self, before: Part, first: str) -> None:
         """Read in chunks: fill an empty part with what all chunks before the one that was saved came to.
 
         `chunk` is then the number of that one. The part is saved with every chunk from now on.
+
+        Args:
+            first: the `digest` of the first batch of all.
 
         Raises:
             HapError: as `restore` does.
         """
         self._before = before
-        about, tensors = self._read()
-        before.merge(_of("before", tensors))
-        self.chunk = int(about.get("chunk", 0))
+        self.run["the first batch"] = first
+        about = self._about()
+        if about:
+            before.merge(_of("before", self._tensors()))
+            self.chunk = int(about["chunk"])
+
+    def next(self, chunk: int) -> None:
+        """The chunk of this number comes now."""
+        self.chunk, self._loop = chunk, -1
 
     def restore(self, parts: Sequence[Part], generators: Sequence[torch.Generator]) -> tuple[int, str]:
-        """Fill empty parts and set generators as they were saved; nothing, if there is no file for this chunk.
+        """Before a loop: fill empty parts and set generators as they were saved; nothing, if no file is of this loop.
 
         Returns:
             The number of batches that were read, and the `digest` of the first.
@@ -74,9 +86,11 @@ class Saved:
         Raises:
             HapError: the file cannot be read, or is of another run.
         """
-        about, tensors = self._read()
-        if not about or int(about["chunk"]) != self.chunk:
+        self._loop += 1
+        about = self._about()
+        if not about or (about["chunk"], about["loop"]) != (str(self.chunk), str(self._loop)):
             return 0, ""
+        tensors = self._tensors()
         for number, part in enumerate(parts):
             part.merge(_of(str(number), tensors))
         for number, generator in enumerate(generators):
@@ -84,20 +98,28 @@ class Saved:
         logger.info("going on after %s batches, from %s", about["batches"], self.path)
         return int(about["batches"]), about["first"]
 
-    def _read(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """What the file says of itself, and what it holds; nothing, if there is none."""
+    def _about(self) -> dict[str, str]:
+        """What the file says of itself; nothing, if there is none."""
         if not self.path.exists():
-            return {}, {}
-        try:
-            with safetensors.safe_open(self.path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise self._refused("a state that measure saved", str(error)) from error
+            return {}
+        with self._opened() as file:
+            about: dict[str, str] = file.metadata() or {}
         if about.get("format") != _FORMAT:
             raise self._refused(_FORMAT, f"format {about.get('format')!r}")
         need_same(json.loads(about["run"]), self.run, self._refused)
-        return about, tensors
+        return about
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        with self._opened() as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                yield file
+        except (safetensors.SafetensorError, OSError) as error:
+            raise self._refused("a state that measure saved", str(error)) from error
 
     def save(self, count: int, first: str, parts: Sequence[Part], generators: Sequence[torch.Generator]) -> None:
         """Write everything if it is time to. The file is replaced at once: a kill leaves the old one or the new."""
@@ -110,7 +132,7 @@ class Saved:
         states = {f"{key}.{name}": t.cpu().clone() for key, part in named.items() for name, t in part.state().items()}
         states |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(generators)}
         about = {"format": _FORMAT, "run": json.dumps(self.run), "batches": str(count), "first": first}
-        about["chunk"] = str(self.chunk)
+        about |= {"chunk": str(self.chunk), "loop": str(self._loop)}
         save_file({name: t.contiguous() for name, t in states.items()}, self._beside, metadata=about)
         os.replace(self._beside, self.path)
         self._last = time.monotonic()

@@ -71,10 +71,13 @@ class Walk:
         self.processes.add_up(parts, (count, first))
         self._under_way = self._in_chunks
 
-    def resume(self, before: Part) -> int:
+    def resume(self, before: Part, first: Callable[[], batches.Batch]) -> int:
         """Before data is read in chunks, each by `over`: fills an empty part with what those came to that are done.
 
         Every process gets what the one that came furthest had saved.
+
+        Args:
+            first: gives the first batch of all.
 
         Returns:
             How many chunks that were.
@@ -84,7 +87,7 @@ class Walk:
         """
         self._under_way = True
         if self.saved:
-            self.saved.restore_before(before)
+            self.saved.restore_before(before, digest(first()))
         self._under_way = False
         done = self.processes.furthest(before, self.saved.chunk if self.saved else 0)
         self._under_way = self._in_chunks = True
@@ -94,7 +97,7 @@ class Walk:
     def next(self, chunk: int) -> None:
         """The chunk of this number comes now."""
         if self.saved:
-            self.saved.chunk = chunk
+            self.saved.next(chunk)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -133,7 +133,7 @@ def prune(
             draws=draws,
             seed=seed,
             gram=mode == "optimal" and (_has_gram(criterion, structure) if joint == "auto" else joint),
-            state=Path(state, "measure.safetensors") if state and _resumable(criterion, samples) else None,
+            state=Path(state, "measure.safetensors") if state and _resumable(criterion) else None,
             progress=progress,
         )
         forms = _forms(model, structure, data, fit, choice, ignore, progress) if implant_ratio else {}
@@ -205,10 +205,10 @@ def _has_gram(criterion: str | Criterion, structure: Structure) -> bool:
     return known is not None and known.has_gram and sum(family.size for family in structure.families) <= PAIRS
 
 
-def _resumable(criterion: str | Criterion, samples: int | Literal["auto"]) -> bool:
+def _resumable(criterion: str | Criterion) -> bool:
     """Whether `hap.measure` takes a state."""
     known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
-    return known is not None and known.resumable and not isinstance(samples, str)
+    return known is not None and known.resumable
 
 
 def _at_least_one(count: int) -> int:
