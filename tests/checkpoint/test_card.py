@@ -64,5 +64,22 @@ def test_the_code_in_the_card_runs(
     assert capsys.readouterr().out == "torch.Size([1, 3])\n"
 
 
+def test_the_code_of_a_model_without_a_head_runs(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its tokenizer the directory opens alone; there are no class scores to print."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModel.from_pretrained(tiny_bert).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    structure = hap.trace(model, (), dict(tokenizer("A text.", return_tensors="pt")))
+    sensitivity = hap.measure(model, None, None, structure, criterion="random")
+    plan = hap.decide(structure, sensitivity, hap.Budget(params=0.9), implant_ratio=0)
+    out = hap.save(hap.apply(model, plan), plan, tmp_path / "out", tokenizer=tokenizer)
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    exec(snippet((out / "README.md").read_text()), {})
+    assert capsys.readouterr().out.startswith("tensor([[[")  # (1, tokens, width)
+
+
 def test_where_nobody_knows_how_the_dense_model_is_made_its_class_is_named(plan: hap.Plan) -> None:
     assert "dense = ...  # the dense Net, made by the code that defines it" in snippet(card(plan, VERSIONS, {}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hap.errors import HapError
-from hap.pretrained import load_image_classifier, load_text_classifier
+from hap.pretrained import is_classifier, load_image_classifier, load_text_classifier
 
 transformers = pytest.importorskip("transformers")
 LABELS = ("negative", "positive")
@@ -95,6 +95,21 @@ def test_images(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
     model = load_image_classifier(tmp_path, 10)
     assert model(torch.zeros(1, 3, 8, 8)).logits.shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        ("LevitForImageClassification", True),
+        ("LevitForImageClassificationWithTeacher", True),
+        ("LevitModel", False),
+    ],
+)
+def test_what_is_a_classifier(tmp_path: Path, model: str, trained: bool) -> None:
+    """By the class that wrote the configuration, whatever follows in its name, and by the number of classes."""
+    transformers.LevitConfig(num_labels=10, architectures=[model]).save_pretrained(tmp_path)
+    assert is_classifier(tmp_path, 10) is trained
+    assert not is_classifier(tmp_path, 9)
 
 
 def test_a_model_of_texts_is_no_model_of_images(tiny_bert: Path) -> None:

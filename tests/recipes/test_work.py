@@ -51,6 +51,35 @@ def test_other_versions_are_refused(recipe_file: Path, tmp_path: Path) -> None:
         recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
 
 
+def test_another_python_changes_nothing(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release with mended errors would cost days of training: not even the rounds go."""
+    recipe = recipes.read(recipe_file)
+    work = recipes.Work.beside(tmp_path / "run", recipe)
+    (work.folder / "round1").mkdir()
+    record = json.loads((work.folder / "recipe.json").read_text())
+    (work.folder / "recipe.json").write_text(json.dumps({**record, "version of python": "3.11.1"}))
+    assert recipes.Work.beside(tmp_path / "run", recipe) == work
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.9")
+    assert recipes.Work.beside(tmp_path / "run", recipe) == work
+    work.dense.mkdir()
+    recipes.Work.beside(tmp_path / "run", recipe, restart=True)
+    assert work.dense.exists() and not (work.folder / "round1").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "deleted"),
+    [("finetune.lr=0.5", "round1"), ("seed=1", "round1, the dense model, training.safetensors")],
+)
+def test_a_refusal_names_what_would_be_deleted(recipe_file: Path, tmp_path: Path, setting: str, deleted: str) -> None:
+    work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
+    for path in (work.dense, work.folder / "round1"):
+        path.mkdir()
+    work.training.write_text("x")
+    with pytest.raises(HapError) as error:
+        recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file, [setting]))
+    assert f"it deletes {deleted}, and" in error.value.remedy
+
+
 def test_a_damaged_record_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
     (work.folder / "recipe.json").write_text("{")

@@ -414,6 +414,11 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "batch norm without statistics": norm(lambda: nn.BatchNorm2d(16, track_running_stats=False)),
     "batch norm without anything": norm(lambda: nn.BatchNorm2d(16, affine=False, track_running_stats=False)),
     "instance norm": norm(lambda: nn.InstanceNorm2d(16, affine=True, track_running_stats=True)),
+    "rms norm": (
+        lambda: S(nn.Linear(8, 12), nn.RMSNorm(12, eps=1e-6), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 2)),
+        None,
+        "0:12~ 2:10",
+    ),
     "group norm": norm(lambda: nn.GroupNorm(4, 16), "a:4~ d:8"),
     "group norm without affine": norm(lambda: nn.GroupNorm(4, 16, affine=False), "a:4~ d:8"),
     "local response norm": norm(lambda: nn.LocalResponseNorm(3), "d:8"),
@@ -432,6 +437,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
 
 INPUTS: dict[str, tuple[Any, ...]] = {
     "mlp": (image(4, 8),),
+    "rms norm": (image(4, 8),),
     "conv 1d": (image(2, 3, 16),),
     "conv 3d": (image(2, 3, 8, 8, 8),),
     "transposed 1d": (image(2, 3, 9),),

@@ -107,7 +107,8 @@ def _snippet(plan: Plan, origin: Origin, opens: Opens) -> list[str]:
     """Python that loads the model, and calls it where anyone knows how."""
     if opens == "text":
         lines = ["from transformers import AutoTokenizer", "", "import hap", "", 'small, plan = hap.load(".")']
-        use = origin.call or 'print(small(**tokenizer("A text.", return_tensors="pt")).logits)'
+        # The first output: a classifier's scores, the states of a model without a head.
+        use = origin.call or 'print(small(**tokenizer("A text.", return_tensors="pt"))[0])'
         return [*lines, 'tokenizer = AutoTokenizer.from_pretrained(".")', *use.splitlines()]
     head = ["import torch", "", "import hap"] if origin.call else ["import hap"]
     call = origin.call.splitlines()

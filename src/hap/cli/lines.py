@@ -30,25 +30,33 @@ class Lines:
         write: takes a line.
         every: seconds after which a line comes whatever happens.
         apart: seconds between two lines at least; up to `every` in a long run.
+        clock: tells the seconds since some moment.
     """
 
-    def __init__(self, write: Callable[[str], object], *, every: float = 30.0, apart: float = 5.0) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], object],
+        *,
+        every: float = 30.0,
+        apart: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._write, self._every, self._apart = write, every, apart
         self._loops: tuple[_Loop, ...] = ()
         self._shown: _Loop | None = None
-        self._start = time.monotonic()
+        self._clock, self._start = clock, clock()
         self._last = -every
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._clock = threading.Thread(target=self._watch, daemon=True)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Lines:
-        self._clock.start()
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._clock.join()
+        self._watcher.join()
 
     def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
         if total is None and isinstance(items, Sized):
@@ -71,7 +79,7 @@ class Lines:
     def _tell(self) -> None:
         """Writes how far the loops are, if it is time."""
         with self._lock:
-            loops, spent = self._loops, time.monotonic() - self._start
+            loops, spent = self._loops, self._clock() - self._start
             if not loops:
                 return
             news = loops[-1] is not self._shown

@@ -49,8 +49,8 @@ def run(
         bool,
         OUTPUT(
             "--restart",
-            help="Do again the rounds that OUT.work keeps of a killed run; and the dense training, where the recipe "
-            "has another now.",
+            help="Delete the rounds that OUT.work keeps of a killed run, and do them again; with them the trained "
+            "dense model, where the model, data, dense, seed or the version of hap or PyTorch has changed.",
         ),
     ] = False,
     log: Annotated[

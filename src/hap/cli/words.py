@@ -31,10 +31,11 @@ PHRASES = (
     (r"\bStructure\.frozen\b", "`hap inspect --frozen`"),
 )
 OTHERWISE = {"minimum": "min_width", "maximum": "max_width"}  # options of another name than the library's
+BEFORE = r"(?<![\w./'-])"  # not inside a path, nor a name in quotes, which is the user's
 NAMES = (
     r"^(\w+)(?= (?:of .* )?is (?:out of range|too small))()",
-    r"(?<![\w-])(\w+)=('[^']*'|[\w.]*)",
-    r"(?<![\w./-])([a-z]+(?:_[a-z]+)+)(?![\w(.:])()",
+    rf"{BEFORE}(\w+)=('[^']*'|[\w.]*)",
+    rf"{BEFORE}([a-z]+(?:_[a-z]+)+)(?![\w(.:])()",
 )
 
 

@@ -72,7 +72,9 @@ def is_classifier(path: str | Path, classes: int) -> bool:
         HapError: nothing is there.
     """
     config = _config(path)
-    return config.num_labels == classes and any(name.endswith(HEADS) for name in config.architectures or ())
+    # Anywhere in the name: some go on, as in LevitForImageClassificationWithTeacher.
+    trained = any(head in name for name in config.architectures or () for head in HEADS)
+    return bool(config.num_labels == classes and trained)
 
 
 def _config(path: str | Path) -> Any:

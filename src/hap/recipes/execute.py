@@ -61,7 +61,8 @@ def execute(
         tokenizer: of a model of texts.
         rival: the accuracy of another small model, for a target of kind ``gain``.
         overwrite: replace `out` if it exists.
-        restart: throw away the rounds that a killed run has done, and its dense model where the recipe has another now.
+        restart: delete the rounds that a killed run has done; and its dense model with the training, where the model,
+            `data`, `dense`, `seed` or the version of hap or PyTorch is another one now.
         accelerator: see `hap.finetune`; where there are several processes, each calls this with the same arguments.
         save_every: seconds between two saves of a training's state.
         log: takes losses and learning rates while training; see `hap.pipeline.run`.

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from hap.report import write_json
 SUFFIX = ".work"
 RECIPE, DENSE, REPORT = "recipe.json", "dense", "report.json"
 BEGUN = "begun"
-_WORDS_ONLY = ("title", "targets", "notes")  # these change no result, nor does this:
-_WORKERS = "data.workers"
+_WORDS_ONLY = ("title", "targets", "notes")  # these change no result, nor do these:
+_NO_MATTER = ("data.workers", "version of python")
 _OF_DENSE = ("model", "data.", "dense.", "seed", "version of ")  # what the dense model is made from
 
 
@@ -46,7 +46,8 @@ class Work:
         """The folder for `out`, made if it is not there.
 
         Args:
-            restart: throw away the rounds that are there; and the dense model, where it would now be another one.
+            restart: delete the rounds that are there; and the dense model with its training, where the model, `data`,
+                `dense`, `seed` or the version of hap or PyTorch is another one now.
 
         Raises:
             HapError: it is there and holds work that the recipe as it is now, or other versions, would not have done;
@@ -59,7 +60,7 @@ class Work:
             begun = there.pop(BEGUN, 0)
             lost = _lost(folder, there, here, restart)
             if lost and not restart:
-                need_same(there, here, partial(_refused, folder))
+                need_same(there, here, partial(_refused, folder, lost))
             if first:
                 for path in lost:
                     _remove(path)
@@ -134,13 +135,16 @@ def _flat(data: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What makes the work what it is."""
     flat = dict(_flat(as_data(recipe)))
-    flat.pop(_WORKERS)
-    return {**flat, **{f"version of {name}": text for name, text in versions().items()}}
+    return _that_matter({**flat, **{f"version of {name}": text for name, text in versions().items()}})
+
+
+def _that_matter(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in _NO_MATTER}
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        return _that_matter(dict(json.loads((folder / RECIPE).read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError) as error:
         raise HapError(
             f"{folder / RECIPE} cannot be read", expected="JSON", got=str(error), remedy=f"delete {folder}"
@@ -154,13 +158,14 @@ def _lost(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], resta
     return list(folder.glob("round*")) if restart or there != here else []
 
 
-def _refused(folder: Path, expected: str, got: str) -> HapError:
+def _refused(folder: Path, lost: Sequence[Path], expected: str, got: str) -> HapError:
+    named = ", ".join(sorted("the dense model" if path.name == DENSE else path.name for path in lost))
     return HapError(
         f"{folder} holds the work of another recipe",
         expected=expected,
         got=got,
-        remedy="go on with the recipe it was begun with, choose another --out, or pass --restart (restart=True): what "
-        "does not fit goes, and is done anew",
+        remedy="go on with the recipe it was begun with, choose another --out, or pass --restart (restart=True): it "
+        f"deletes {named}, and does anew what that was",
     )
 
 

@@ -88,7 +88,7 @@ def weight_norm(context: Context, shape: tuple[int, ...], direction: Value, leng
     return align(context.units, [direction, length], shape, context.where)
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm")
 def layer_norm(
     context: Context,
     shape: tuple[int, ...],
@@ -110,6 +110,14 @@ def layer_norm(
         if weight is None:
             context.units.freeze(factor, f"{context.where} without a weight has their number written down")
     return result
+
+
+@rule("rms_norm")
+def rms_norm(
+    context: Context, shape: tuple[int, ...], x: Value, normalized: Sequence[int], weight: Value | None = None, *_: Any
+) -> Value:
+    """As `layer_norm`, without a bias: what follows the weight is a number."""
+    return layer_norm(context, shape, x, normalized, weight)
 
 
 @rule("group_norm")
