@@ -89,7 +89,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         got = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors) or "no tensors"
         raise HapError(
-            f"{type(model).__name__} cannot read this batch: {str(error).splitlines()[0]}",
+            f"{type(model).__name__} cannot read this batch: {(str(error) or repr(error)).splitlines()[0]}",
             expected="inputs of the shape and dtype that the model was made for",
             got=got,
             remedy="check the data set, its transform and the model's input size",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import hap
 from hap.errors import HapError
 from hap.implants import HEAD, VALUES, head_options, heads_of, narrow_heads
-from hap.implants.narrow import fit, moments, output_weight
+from hap.implants.narrow import Moments, fit, moments, output_weight
 
 HEADS, WIDTH, INPUTS = 4, 8, 12
 
@@ -169,6 +169,109 @@ def test_where_queries_and_keys_must_stay_values_become_narrow(kind: str, proble
     want = missed.var((0, 2), unbiased=False).sum(-1) / full.var((0, 2), unbiased=False).sum(-1)
     assert torch.allclose(options[1].undone, want, atol=1e-9)
     assert all((a.undone <= b.undone + 1e-9).all() for a, b in zip(options, options[1:], strict=False))
+
+
+@pytest.mark.parametrize(("kind", "form"), [("plain", HEAD), ("rotary", VALUES)])
+@pytest.mark.parametrize("first", [True, False])
+def test_single_tokens_tell_nothing_of_queries_and_keys(kind: str, form: str, first: bool, batches) -> None:
+    """Rotary positions turn the first token by nothing. Whether it comes first or last changes nothing else either."""
+    model, single = build(kind)[0], (batches[0][0][:, :1], batches[0][1])
+    structure = hap.trace(model, (batches[0][0],))
+    (options,) = head_options(model, structure, [single, *batches] if first else [*batches, single]).values()
+    assert {option.form for option in options} == {form}
+    (site,) = heads_of(structure).values()
+    found = moments(model, {"": site}, batches)[0][""]
+    more = moments(model, {"": site}, [single, *batches] if first else [*batches, single])[0][""]
+    assert isinstance(more, Moments) == (form == HEAD) and type(found) is type(more)
+    if isinstance(found, Moments) and isinstance(more, Moments):
+        assert torch.equal(found.query, more.query) and torch.equal(found.key, more.key)
+    with pytest.raises(HapError, match="one token does not tell"):
+        narrow_heads(model, {"": (site, HEAD, 4)}, [single])
+
+
+class Placed(Attention):
+    """Queries are turned by positions that come with the data."""
+
+    def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q = q * angle.cos()[:, None] + q.roll(WIDTH // 2, -1) * angle.sin()[:, None]
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_call_counts(first: bool, batches) -> None:
+    """What holds of one batch need not hold of the next."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, x = Placed().double().eval(), batches[0][0]
+    still, turned = torch.zeros(len(x), 6, 1), torch.arange(6.0)[:, None].expand(len(x), -1, -1)
+    data = [((x, angle.double()), torch.zeros(len(x))) for angle in ((still, turned) if first else (turned, still))]
+    structure = hap.trace(model, data[0][0])
+    assert {option.form for option in head_options(model, structure, data)[""]} == {VALUES}
+    with pytest.raises(HapError, match="its query are not"):
+        narrow_heads(model, {"": (heads_of(structure)[""], HEAD, 4)}, data)
+
+
+class Crossing(Attention):
+    """As many queries, of another input than the keys, some of which are padding."""
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        inputs = ((self.q, x), (self.k, memory), (self.v, memory))
+        q, k, v = (layer(y).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for layer, y in inputs)
+        mask = (torch.arange(memory.shape[1]) < lengths[:, None])[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask.expand(-1, -1, x.shape[1], -1))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_padding_of_keys_is_none_of_queries_of_another_input() -> None:
+    """One more key that nobody looks at, so that there are more keys than queries, changes nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Crossing().double().eval()
+        x, memory = torch.randn(2, 16, 6, INPUTS, dtype=torch.float64)
+    lengths, batch = torch.arange(16) % 4 + 2, torch.zeros(16)
+    structure = hap.trace(model, (x, memory, lengths))
+    longer = torch.cat([memory, memory[:, :1]], 1)
+    first, second = (head_options(model, structure, [((x, each, lengths), batch)])[""] for each in (memory, longer))
+    assert {option.form for option in first} == {HEAD}
+    assert all(torch.allclose(a.undone, b.undone) for a, b in zip(first, second, strict=True))
+    (site,) = heads_of(structure).values()
+    a, b = (moments(model, {"": site}, [((x, each, lengths), batch)])[0][""] for each in (memory, longer))
+    assert isinstance(a, Moments) and isinstance(b, Moments)
+    assert torch.allclose(a.query, b.query) and torch.allclose(a.key, b.key) and torch.allclose(a.context, b.context)
+
+
+class Read(Attention):
+    """The mean of all its values is read outside the attention call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.v(x).mean((1, 2))[:, None, None]
+
+
+def test_heads_that_something_else_reads_as_a_whole_are_left_alone(batches) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = nn.Sequential(Read(), nn.Flatten(), nn.Linear(6 * INPUTS, 3)).double().eval()
+    structure = hap.trace(net, (batches[0][0],))
+    assert [family.exact for family in structure.families if family.kind == "head"] == [False]
+    assert heads_of(structure) == {} and head_options(net, structure, batches) == {}
+    assert hap.prune(net, batches, None, hap.Budget(params=0.9), mode="optimal").verification.ok
+
+
+class Named(nn.Module):
+    """A linear layer of the user's own, called by name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, nn.Parameter(torch.ones(3, 6 * INPUTS, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.inner(x).flatten(1), weight=self.weight)
+
+
+def test_linear_layers_called_by_name_anywhere(batches) -> None:
+    net = Named(build()[0])
+    assert list(head_options(net, hap.trace(net, (batches[0][0],)), batches)) == ["inner"]
 
 
 def test_layers_that_are_left_alone(batches) -> None:

@@ -91,6 +91,29 @@ def test_an_attention_that_cannot_be_reached_is_an_error() -> None:
         packed(Attention(eager=True), Packing(1, 2))(torch.zeros(2, TOKENS, 6))
 
 
+class Raising(nn.Module):
+    """Raises before or after it attends."""
+
+    def __init__(self, error: Exception, *, after: bool) -> None:
+        super().__init__()
+        self.error, self.after = error, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.after:
+            F.scaled_dot_product_attention(x, x, x)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes"), IndexError("sizes"), torch.OutOfMemoryError("sizes")])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_error_of_shapes_before_the_call_is_told_as_one_of_narrow_heads(error: Exception, after: bool) -> None:
+    """Others are what they are."""
+    told = not after and type(error) is not torch.OutOfMemoryError
+    with pytest.raises(HapError if told else type(error), match="sizes") as caught:
+        packed(Raising(error, after=after), Packing(1, 2))(draw(2, 3, TOKENS, WIDTH))
+    assert caught.value is error or caught.value.__cause__ is error
+
+
 class Twice(nn.Module):
     """Attends twice."""
 

@@ -41,6 +41,8 @@ class Turned(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         if self.kind == "gated by queries":
             y = y * q.transpose(1, 2).sigmoid().mean(-1, keepdim=True)
+        if self.kind == "by name":
+            return F.linear(y.flatten(2), weight=self.o.weight, bias=self.o.bias)
         return self.o(y.flatten(2))
 
 
@@ -73,6 +75,32 @@ def test_what_stands_between_is_looked_up_on_the_data(kind: str) -> None:
     """Where values are not what the last of three linear layers gives, or contexts not what the output layer reads."""
     net, x = build(kind)
     assert head_options(net, hap.trace(net, (x,)), [(x, None)]) == {}
+
+
+def test_linear_layers_called_by_name() -> None:
+    net, x = build("by name")
+    structure = hap.trace(net, (x,))
+    assert {option.form for option in head_options(net, structure, [(x, None)])["0"]} == {VALUES}
+
+
+def test_why_a_module_is_left_out_is_logged(caplog) -> None:
+    net, x = build("shaped like keys", "activated")
+    with caplog.at_level("INFO", "hap"):
+        assert head_options(net, hap.trace(net, (x,)), [(x, None)]) == {}
+    assert "in '0': RuntimeError: shape" in caplog.text
+    assert "the heads of '1' cannot become narrow: its key, query, value are not" in caplog.text
+
+
+def test_a_lack_of_memory_says_nothing_of_the_code(monkeypatch) -> None:
+    net, x = build("free")
+    sites = heads_of(hap.trace(net, (x,)))
+
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Turned, "forward", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        bears(net, sites, (x, None))
 
 
 def test_a_plan_for_values_of_another_layer_is_refused() -> None:

@@ -77,6 +77,15 @@ def test_a_group_is_served_better_than_by_its_members_alone() -> None:
     assert (missed(z, weight, values.value, values.output) < missed(z, weight, values.value, alone)).all()
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_rank_above_the_number_of_outputs_has_all_its_columns(group: int) -> None:
+    """Of one output a group reads as many directions as it has members: nothing is missed."""
+    found, _, weight = drawn(group)
+    values = fit_values(found, weight[:, :1], 4, group)
+    assert values.value.shape == (HEADS, WIDTH, 4) and values.output.shape == (HEADS, 1, group * 4)
+    assert (undone(found, values, weight[:, :1], group) < 1e-9).all()
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_nothing_is_undone_where_nothing_is_missing(group: int) -> None:
     """Contexts that span no more than the rank, and heads that are silent."""

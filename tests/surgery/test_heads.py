@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import hap
 from hap.errors import HapError
-from hap.implants import HEAD, heads_of
+from hap.implants import HEAD, VALUES, heads_of
 from hap.planning import CostModel, Decision, Implant, Plan
 from hap.types import Structure
 
@@ -87,14 +88,16 @@ def traced(name: str) -> tuple[nn.Module, Inputs, Structure]:
     return model, inputs, hap.trace(model, (), inputs)
 
 
-def planned(structure: Structure, narrow: Sequence[int], *, parts: int = 2, lost: Sequence[int] = ()) -> Plan:
+def planned(
+    structure: Structure, narrow: Sequence[int], *, parts: int = 2, lost: Sequence[int] = (), form: str = HEAD
+) -> Plan:
     """The plan that removes and narrows the same heads everywhere."""
     decisions, masks = {}, {}
     for family in structure.families:
         gone = tuple(lost) if family.kind == "head" else ()
         decisions[family.name] = Decision(tuple(i for i in range(family.size) if i not in gone), gone)
         masks[family.name] = np.isin(np.arange(family.size), gone)
-    implants = {name: Implant(tuple(narrow), HEAD, heads.width // parts) for name, heads in heads_of(structure).items()}
+    implants = {name: Implant(tuple(narrow), form, heads.width // parts) for name, heads in heads_of(structure).items()}
     cost = CostModel(structure)
     return Plan(structure, decisions, implants, hap.Budget(params=1.0), "by hand", cost.dense, cost(masks, implants))
 
@@ -203,13 +206,13 @@ def test_copies_trains_casts_and_compiles() -> None:
     small.train().activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     losses = []
-    for _ in range(12):
+    for _ in range(24):
         loss = small(**inputs, labels=torch.arange(16) % 2).loss
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in small.bert.encoder.layer[0].attention.parameters())
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 
@@ -329,3 +332,35 @@ def test_a_forward_of_the_instance_is_refused() -> None:
             hap.apply_(model, plan, batches, init=init)
     assert type(attention) is kind
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+class Beside(nn.Module):
+    """Attention and neurons that one layer reads together, in this order; few `outputs` span less than a head does."""
+
+    def __init__(self, order: str, outputs: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 32) for _ in range(3))
+        self.up, self.order = nn.Linear(12, 20), order
+        self.o = nn.Linear(52, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        parts = [F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), F.gelu(self.up(x))]
+        return self.o(torch.cat(parts if self.order == "heads first" else parts[::-1], -1)).flatten(1)
+
+
+@pytest.mark.parametrize("form", [HEAD, VALUES])
+@pytest.mark.parametrize(("order", "outputs"), [("heads first", 12), ("heads last", 12), ("heads first", 3)])
+def test_law_where_the_output_layer_reads_more_than_heads(form: str, order: str, outputs: int) -> None:
+    """What is not of heads is read as before, and so it is where heads start with nothing to add."""
+    model = seeded(lambda: Beside(order, outputs)).double()
+    x = torch.randn(16, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    structure = hap.trace(model, (x,))
+    for narrow, lost in [((0, 3), ()), ((0, 1), (2,)), ((1,), ())]:
+        plan = planned(structure, narrow, lost=lost, form=form)
+        assert len(plan.narrowed) == 1
+        found = hap.verify(model, hap.apply(model, plan, [(x, None)]), plan, (x,))
+        assert found.ok and found.params == plan.small.params
+        silent = hap.apply(model, plan, init="zeros")
+        gone = hap.apply(model, dataclasses.replace(planned(structure, (), lost=(*narrow, *lost)), implants={}))
+        assert torch.allclose(silent(x), gone(x), atol=1e-12)

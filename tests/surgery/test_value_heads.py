@@ -197,12 +197,17 @@ def test_configuration_and_names() -> None:
     assert list(small.state_dict()) == list(model.state_dict())
 
 
-def test_a_cache_of_fixed_size_is_refused_by_its_own_error() -> None:
-    """It takes as many heads of values as of keys."""
+@pytest.mark.parametrize(("narrow", "parts"), [((0, 1), 2), ((0, 1, 2, 3), 8)])
+def test_a_cache_of_fixed_size_and_eager_attention_are_refused(narrow: Sequence[int], parts: int) -> None:
+    """They take as many heads of values as of keys, or one for all: their own errors of shapes would say little."""
     model, inputs, structure = traced("llama")
-    small = hap.apply(model, planned(structure, (0, 1)), [inputs])
-    with pytest.raises((RuntimeError, IndexError)):
+    small = hap.apply(model, planned(structure, narrow, parts=parts), [inputs])
+    with pytest.raises(HapError, match="no cache_implementation='static'") as caught:
         small.generate(TOKENS[:2], max_new_tokens=3, cache_implementation="static", use_cache=True)
+    assert isinstance(caught.value.__cause__, RuntimeError) and str(caught.value.__cause__) in caught.value.got
+    small.set_attn_implementation("eager")
+    with pytest.raises(HapError, match="did not call scaled_dot_product_attention"):
+        outputs(small, inputs)
 
 
 @pytest.mark.parametrize("name", ["llama, grouped", "esm, rotary"])

@@ -10,8 +10,8 @@ The score is ``F_pp / 2``, the rise of the mean loss (in nats, for cross-entropy
 brain damage, LeCun 1990, with this curvature). The network's own outputs are the labels: none are needed.
 
 With ``first_order=True`` the score is the whole Taylor sum ``F_pp / 2 - g_p``, with g the gates' gradient of the mean
-loss on the true labels. It may be negative, and needs labels and a backward pass more. On examples that the model was not
-trained on it ranks single removals better; on training examples, and where many units leave together, often worse.
+loss on the true labels. It may be negative, and needs labels and a backward pass more. On examples that the model was
+not trained on it ranks single removals better; on training examples, and where many units leave together, often worse.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from hap.implants.heads import Heads
 
 Part = Literal["query", "key", "value"]
 Place = tuple[str, int]  # a weight, and which of its chunks
+Linear = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # input, weight and bias
 CLOSE = 1e-3  # of the largest value: how far rounding may take apart what is equal
 
 
@@ -29,7 +30,10 @@ class Call:
         query, key, value: what it is given, ``(..., heads, tokens, width)``.
         mask, causal, scale: how it is called.
         context: what it gives and the output layer reads, as they.
-        places: where the weights of queries, keys and values are; of those alone that a linear layer gives as they are.
+        own: whether queries and keys are of the same input, so that a mask of keys is one of queries too.
+        places: where the weights of queries, keys and values are; of those alone that a linear layer gave as they are
+            in all calls so far. A single key has all of the attention, whatever it is, and tells nothing of queries and
+            keys.
     """
 
     query: torch.Tensor
@@ -39,6 +43,7 @@ class Call:
     causal: bool
     scale: float
     context: torch.Tensor
+    own: bool
     places: Mapping[Part, Place]
 
 
@@ -70,11 +75,12 @@ class _Site:
     """What is known of a module while the model runs."""
 
     heads: Heads
+    read: dict[str, torch.Tensor] = field(default_factory=dict)  # by the weight that reads it, since the last call
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     call: tuple[torch.Tensor, ...] | None = None
     calls: int = 0  # since the module was entered
     how: tuple[torch.Tensor | None, bool, float] = (None, False, 1.0)
-    places: dict[Part, Place] = field(default_factory=dict)
+    places: dict[Part, Place | None] = field(default_factory=dict)  # None where it is not what a linear layer gives
     visited: bool = False
     problem: str | None = None
 
@@ -93,13 +99,13 @@ class _Watch(TorchFunctionMode):
         y = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention and self.active:
             _attended(self.active[-1], y, *args, **(kwargs or {}))
-        elif func is F.linear or func is torch.addmm:
-            x, weight = args[:2] if func is F.linear else args[1:3]
+        elif (given := linear(func, args, kwargs or {})) is not None:
+            x, weight, _ = given
             site, name = self.layers.get(id(weight), (None, ""))
             if site is not None and name == site.heads.output.weight:
                 self._read(site, x)
             elif site is not None:
-                site.written[name] = y
+                site.read[name], site.written[name] = x, y
         return y
 
     def _read(self, site: _Site, x: torch.Tensor) -> None:
@@ -114,12 +120,18 @@ class _Watch(TorchFunctionMode):
             site.problem = "its output layer reads something else than the heads"
             return
         shared = value.shape[-3] // heads.family.size  # the model may have repeated it for each of a group
-        site.places = site.places or _places(site, {"query": query, "key": key, "value": value[..., ::shared, :, :]})
-        if "value" not in site.places:
-            site.problem = missing(site.places)
+        parts: dict[Part, torch.Tensor] = {"value": value[..., ::shared, :, :]}
+        if key.shape[-2] > 1:
+            parts |= {"query": query, "key": key}
+        found = _places(site, parts)
+        site.places |= {part: place if site.places.get(part, place) == place else None for part, place in found.items()}
+        places = {part: place for part, place in site.places.items() if place is not None}
+        if "value" not in places:
+            site.problem = missing(places)
             return
-        self.visit(heads.module, Call(query, key, value, *site.how, y, site.places))
+        self.visit(heads.module, Call(query, key, value, *site.how, y, _own(site, places["value"]), places))
         site.visited, site.call = True, None
+        site.read.clear()
         site.written.clear()
 
 
@@ -152,7 +164,7 @@ def _attended(
 def missing(places: Collection[Part]) -> str:
     """What stands in the way of narrow queries, keys and values alike."""
     names = ", ".join(sorted(set(get_args(Part)) - set(places)))
-    return f"its {names} are not what a linear layer gives (rotary positions, a norm of each head)"
+    return f"its {names} are not what a linear layer gives (rotary positions, norms), or one token does not tell"
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
@@ -160,16 +172,22 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(-3, -2).flatten(0, -3)
 
 
-def _places(site: _Site, parts: Mapping[Part, torch.Tensor]) -> dict[Part, Place]:
-    """For queries, keys and values, the weight whose outputs they are."""
-    found: dict[Part, Place] = {}
+def _own(site: _Site, value: Place) -> bool:
+    """Whether what gives queries and keys reads the same; what gives values alone may read something else."""
+    first, *others = (x for name, x in site.read.items() if len(site.read) < 3 or name != value[0])
+    return all(x is first or (x.shape == first.shape and torch.equal(x, first)) for x in others)
+
+
+def _places(site: _Site, parts: Mapping[Part, torch.Tensor]) -> dict[Part, Place | None]:
+    """For queries, keys and values, the weight whose outputs they are; None where they are not."""
+    found: dict[Part, Place | None] = dict.fromkeys(parts)
     for name, written in site.written.items():
         orders = [written] + ([written.transpose(0, 1)] if written.ndim == 3 else [])  # examples or tokens come first
         for number, positions in enumerate(site.heads.chunks(site.heads.member(name))):
             index = torch.tensor(positions, device=written.device)
             outputs = [y.reshape(-1, y.shape[-1])[:, index] for y in orders]
             for part, x in parts.items():
-                if part not in found and any(_same(_tokens(x), y) for y in outputs):
+                if found[part] is None and any(_same(_tokens(x), y) for y in outputs):
                     found[part] = (name, number)
                     break
     return found
@@ -182,6 +200,21 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     x, y = x.double(), y.double()
     factor = (x * y).sum() / y.square().sum().clamp_min(1e-300)
     return bool(factor != 0 and (x - factor * y).abs().max() <= CLOSE * x.abs().max())
+
+
+def linear(func: Any, args: Any, kwargs: Any) -> Linear | None:
+    """What a linear layer's function is given, by position or by name; None for other functions."""
+    if func is F.linear:
+        return _linear(*args, **kwargs)
+    return _addmm(*args, **kwargs) if func is torch.addmm else None
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    return input, weight, bias
+
+
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **_: Any) -> Linear:
+    return mat1, mat2, input
 
 
 @contextmanager

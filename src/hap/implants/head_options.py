@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 
 import torch
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 from hap.batches import Batch, device_of, take
 from hap.implants.attended import Call, watch
 from hap.implants.heads import HEAD, VALUES, Heads, heads_of
-from hap.implants.narrow import Moments, Narrow, Sums, against, fit, moments, output_weight, seen, tokens
+from hap.implants.narrow import Moments, Narrow, Sums, against, fit, looking, moments, output_weight, tokens
 from hap.implants.options import Option
 from hap.implants.tried import bears
 from hap.implants.values import Contexts, fit_values, undone
 from hap.types import Progress, Structure, silent
+
+log = logging.getLogger(__name__)
 
 
 def head_options(
@@ -34,7 +37,8 @@ def head_options(
     together. Two passes over the data are made. Where queries and keys must stay (rotary positions, a norm of each
     head, grouped queries), values and output alone become narrow, form ``value-head``. Modules whose attention cannot
     be told to have narrow heads are left out: eager attention, a positional bias of each head; and where values must be
-    narrow alone, values that one layer writes with queries, or whose heads the model's own code counts.
+    narrow alone, values that one layer writes with queries, or whose heads the model's own code counts. The log
+    says why.
 
     Args:
         model: the dense model; left as it is.
@@ -55,14 +59,14 @@ def head_options(
     if not sites:
         return {}
     data = list(take(batches, samples, device_of(model)))
-    found, _ = moments(model, sites, progress(data, "fitting narrow heads", len(data)))
+    found, refused = moments(model, sites, progress(data, "fitting narrow heads", len(data)))
     weights = {name: output_weight(model, sites[name]) for name in found}
     whole = {name: each for name, each in found.items() if isinstance(each, Moments)}
-    alone = {
-        name: sites[name]
-        for name, each in found.items()
-        if name not in whole and sites[name].family.size > 1 and against(each, sites[name], VALUES) is None
-    }
+    alone = {name: sites[name] for name in found if name not in whole and sites[name].family.size > 1}
+    refused |= {name: why for name, heads in alone.items() if (why := against(found[name], heads, VALUES)) is not None}
+    for name, why in refused.items():
+        log.info("the heads of %r cannot become narrow: %s", name, why)
+    alone = {name: heads for name, heads in alone.items() if name not in refused}
     values = {
         name: _of_values(found[name], weights[name], heads)
         for name, heads in (bears(model, alone, data[0]) if alone else {}).items()
@@ -75,7 +79,7 @@ def head_options(
     sums = {name: {rank: Sums() for rank in each} for name, each in fitted.items()}
 
     def add(name: str, call: Call) -> None:
-        there = seen(call)
+        there = looking(call)
         for rank, narrow in fitted[name].items():
             sums[name][rank].add(tokens(torch.cat([call.context, _context(call, narrow)], -1), there))
 

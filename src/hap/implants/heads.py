@@ -96,7 +96,7 @@ def heads_of(structure: Structure) -> dict[str, Heads]:
     """The attention modules whose heads may become narrow, by name.
 
     Each of their units is one head of keys and of values, with one head of queries or a group of them; nothing else
-    depends on them, such as positional biases, and normalisations, of each head.
+    depends on them, such as positional biases, and normalisations, of each head, or a mean over all of them.
     """
     layers = {layer.weight: layer for layer in structure.layers}
     families = [family for family in structure.families if family.kind == "head"]
@@ -117,7 +117,8 @@ def _heads(structure: Structure, family: Family, layers: dict[str, Layer]) -> It
     biases = {layer.bias for layer in written if layer.bias is not None}
     plain = all(m.axis == layers[m.parameter].output_axis for m in producers) and consumers[0].axis != read.output_axis
     if (
-        sum(sizes) == (wide + 2 * width) * family.size
+        family.exact
+        and sum(sizes) == (wide + 2 * width) * family.size
         and all(size % width == 0 for size in (wide, *sizes))
         and all(len(unit) == wide for unit in consumers[0].indices)
         and {m.parameter for m in family.roles("follower")} == biases

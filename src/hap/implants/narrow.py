@@ -106,12 +106,17 @@ def tokens(x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
 
 
 def seen(call: Call) -> torch.Tensor | None:
-    """Which tokens any query may look at, ``(examples, tokens)``: padding is not seen. None for all."""
+    """Which tokens of the keys any query may look at, ``(examples, tokens)``: padding is not seen. None for all."""
     mask = call.mask
     if mask is None or mask.ndim != 4:
         return None
     visible = mask if mask.dtype is torch.bool else mask > -1e4
     return visible.any(-2).any(1).expand(call.key.shape[0], call.key.shape[-2])
+
+
+def looking(call: Call) -> torch.Tensor | None:
+    """Which tokens of the queries count, as `seen`: all where they are of another input than the keys."""
+    return seen(call) if call.own else None
 
 
 def moments(
@@ -125,11 +130,11 @@ def moments(
     places: dict[str, Mapping[Part, Place]] = {}
 
     def add(name: str, call: Call) -> None:
-        there, heads = seen(call), sites[name]
+        there, heads = looking(call), sites[name]
         context = tokens(call.context, there).unflatten(1, (heads.family.size, heads.group)).flatten(2)
         parts: dict[Part, torch.Tensor] = {"value": context}
-        if _whole(heads, call.places):
-            parts |= {"query": tokens(call.query, there), "key": tokens(call.key, there)}
+        if _whole(heads, call.places) and call.key.shape[-2] > 1:  # a single key is all that a query can look at
+            parts |= {"query": tokens(call.query, there), "key": tokens(call.key, seen(call))}
         for part, x in parts.items():
             sums[name].setdefault(part, Sums()).add(x)
         places[name] = call.places

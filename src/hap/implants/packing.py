@@ -84,14 +84,15 @@ def packed_type(base: type[nn.Module], packing: Packed) -> type[nn.Module]:
 
 def _derived(base: type[nn.Module], packing: Packed) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Unpacking(packing) as calls:
-            y = base.forward(self, *args, **kwargs)
+        try:
+            with _Unpacking(packing) as calls:
+                y = base.forward(self, *args, **kwargs)
+        except Exception as error:
+            if calls.seen or type(error) not in (RuntimeError, IndexError, ValueError):  # those of shapes, none derived
+                raise
+            raise _uncalled(base, f"{type(error).__name__}: {error}") from error
         if not calls.seen:
-            raise HapError(
-                f"{base.__name__} with narrow heads did not call scaled_dot_product_attention",
-                expected="an attention that goes through torch.nn.functional.scaled_dot_product_attention",
-                remedy="attn_implementation='sdpa' in transformers, need_weights=False in nn.MultiheadAttention",
-            )
+            raise _uncalled(base)
         return y
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -103,6 +104,16 @@ def _derived(base: type[nn.Module], packing: Packed) -> type[nn.Module]:
 
     methods = {"forward": forward, "__reduce_ex__": reduce, "extra_repr": extra_repr, "packing": packing}
     return type(f"Packed{base.__name__}", (base,), {**methods, "__module__": base.__module__})
+
+
+def _uncalled(base: type[nn.Module], got: str = "") -> HapError:
+    return HapError(
+        f"{base.__name__} with narrow heads did not call scaled_dot_product_attention",
+        expected="an attention that goes through torch.nn.functional.scaled_dot_product_attention",
+        got=got,
+        remedy="attn_implementation='sdpa' in transformers, and no cache_implementation='static'; "
+        "need_weights=False in nn.MultiheadAttention",
+    )
 
 
 def _blank(base: type[nn.Module], packing: Packed) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hap.batches import Batch, evaluating, forward
+from hap.implants.attended import linear
 from hap.implants.heads import Heads
 from hap.implants.value_packing import ValuePacking
+
+log = logging.getLogger(__name__)
 
 
 def bears(model: nn.Module, sites: Mapping[str, Heads], batch: Batch) -> dict[str, Heads]:
@@ -32,9 +36,20 @@ def _runs(model: nn.Module, sites: Mapping[str, Heads], batch: Batch) -> bool:
     with evaluating(model), torch.no_grad(), _Fewer(model, sites) as mode:
         try:
             forward(model, batch)
-        except Exception:  # users' code raises any type: an assertion on a shape, a view that does not fit
+        except torch.OutOfMemoryError:  # says nothing of the code
+            raise
+        except Exception as error:  # users' code raises any type: an assertion on a shape, a view that does not fit
+            why = error.__cause__ or error  # of what `forward` makes of it
+            text = str(why).partition("\n")[0]
+            log.info("fewer heads of values than of keys in %s: %s: %s", _named(sites), type(why).__name__, text)
             return False
-    return mode.done == set(sites)
+    if left := set(sites) - mode.done:
+        log.info("fewer heads of values than of keys do not reach the output layer in %s", _named(sorted(left)))
+    return not left
+
+
+def _named(sites: Iterable[str]) -> str:
+    return ", ".join(map(repr, sites))
 
 
 class _Fewer(TorchFunctionMode):
@@ -59,13 +74,15 @@ class _Fewer(TorchFunctionMode):
             packing = ValuePacking(self.sites[self.open].family.size - 2, 2, 2)
             self.open = None
             return packing.attend(*args, **kwargs)
-        if func is F.linear and (name := self.values.get(id(args[1]))) is not None:
+        if func is not F.linear or (given := linear(func, args, kwargs)) is None:
+            return func(*args, **kwargs)
+        x, weight, bias = given
+        if (name := self.values.get(id(weight))) is not None:
             self.open = name
-            return func(*args, **kwargs)[..., : -self.sites[name].width]
-        if func is F.linear and (name := self.outputs.get(id(args[1]))) is not None:
-            x, weight, *bias = args
+            return func(x, weight, bias)[..., : -self.sites[name].width]
+        if (name := self.outputs.get(id(weight))) is not None:
             heads = self.sites[name]
             if x.shape[-1] == weight.shape[1] - heads.width * heads.group:
                 self.done.add(name)
-            return func(x, weight[:, : x.shape[-1]], *bias, **kwargs)
-        return func(*args, **kwargs)
+            return func(x, weight[:, : x.shape[-1]], bias)
+        return func(x, weight, bias)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from hap.implants.attended import Part, Place
 
@@ -64,8 +65,10 @@ def fit_values(found: Contexts, weight: torch.Tensor, rank: int, group: int) -> 
     each = found.context.unflatten(-1, (group, -1)).unflatten(-3, (group, -1)).diagonal(dim1=1, dim2=3).mean(-1)
     z, z_inverse = roots(each)
     stacked = weight.unflatten(-1, (group, -1)).transpose(1, 2).flatten(1, 2)
+    rows = stacked.shape[1]
+    stacked = F.pad(stacked, (0, 0, 0, max(0, rank - rows)))  # a rank above the outputs has columns all the same
     u, s, v = torch.linalg.svd(stacked @ z, full_matrices=False)
-    value, output = z_inverse @ v.mT[:, :, :rank], u[:, :, :rank] * s[:, None, :rank]
+    value, output = z_inverse @ v.mT[:, :, :rank], u[:, :rows, :rank] * s[:, None, :rank]
     length = norms(value)  # values stay as large as they are
     value, output = value / length, output * length
     kept = shared(value, group)

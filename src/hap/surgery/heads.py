@@ -69,9 +69,10 @@ def narrowed(
         for member in heads.carrying(implant.form):
             if member.parameter not in new:
                 new[member.parameter] = old[member.parameter].detach().clone()
-        carriers = Carriers.of(heads, implant)
-        end = len(carriers.units) * heads.group * heads.width
-        new[output.weight].movedim(heads.member(output.weight).axis, -1)[..., -end:] = 0
+        read = heads.member(output.weight)
+        taken = {i for unit in Carriers.of(heads, implant).units for i in read.indices[unit]}
+        left = places.of(read.parameter, read.axis, plan.structure.tensors[read.parameter].shape[read.axis])
+        new[read.parameter].movedim(read.axis, -1)[..., [i for i, dense in enumerate(left) if dense in taken]] = 0
         if fit is None:
             continue
         for spot in _spots(plan, places, heads, implant):
