@@ -74,6 +74,15 @@ def test_modes_come_back_and_dropout_is_off_also_on_errors() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_an_error_without_words_is_named() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError
+
+    with pytest.raises(HapError, match=r"cannot read this batch: RuntimeError\(\)"):
+        evaluate(Silent(), [(LOGITS, LABELS)])
+
+
 def test_no_graph_is_kept() -> None:
     seen = []
     evaluate(nn.Linear(2, 2), batches(5), lambda outputs, batch: seen.append(outputs.requires_grad) or outputs.mean())
