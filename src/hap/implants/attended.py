@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hap.attention import opened
 from hap.batches import Batch, evaluating, forward
 from hap.implants.heads import Heads
+from hap.implants.sdpa import Arguments
 
 Part = Literal["query", "key", "value"]
 Place = tuple[str, int]  # a weight, and which of its chunks
@@ -98,7 +99,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention and self.active:
-            _attended(self.active[-1], y, *args, **(kwargs or {}))
+            _attended(self.active[-1], y, Arguments(*args, **(kwargs or {})))
         elif (given := linear(func, args, kwargs or {})) is not None:
             x, weight, _ = given
             site, name = self.layers.get(id(weight), (None, ""))
@@ -135,30 +136,19 @@ class _Watch(TorchFunctionMode):
         site.written.clear()
 
 
-def _attended(
-    site: _Site,
-    y: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> None:
+def _attended(site: _Site, y: torch.Tensor, given: Arguments) -> None:
     if site.problem is not None:
         return
     site.calls += 1
     if site.calls > 1 or site.call is not None:
         site.problem = "it calls scaled_dot_product_attention several times"
     size, group = site.heads.family.size, site.heads.group
+    query, key, value = given.query, given.key, given.value
     allowed = ((query, (size * group,)), (key, (size, size * group)), (value, (size, size * group)))
     if any(x.ndim < 3 or x.shape[-3] not in counts for x, counts in allowed):
         site.problem = "queries and keys have not one head for each unit"
         return
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    site.call, site.how = (query, key, value, y), (attn_mask, is_causal, scale)
+    site.call, site.how = (query, key, value, y), (given.attn_mask, given.is_causal, given.scaling)
 
 
 def missing(places: Collection[Part]) -> str:

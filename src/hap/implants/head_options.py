@@ -15,7 +15,7 @@ from hap.implants.heads import HEAD, VALUES, Heads, heads_of
 from hap.implants.narrow import Moments, Narrow, Sums, against, fit, looking, moments, output_weight, tokens
 from hap.implants.options import Option
 from hap.implants.tried import bears
-from hap.implants.values import Contexts, fit_values, undone
+from hap.implants.values import Contexts, energy, fit_values, share, undone
 from hap.types import Progress, Structure, silent
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,4 @@ def _undone(sums: Sums, narrow: Narrow, weight: torch.Tensor, heads: Heads) -> t
         second = second - mean[:, :, None] * mean[:, None]
     full = weight.double()
     both = torch.cat([full, -narrow.output], -1)
-    missed = ((both @ second) * both).sum((-2, -1))
-    energy = ((full @ second[:, : heads.width, : heads.width]) * full).sum((-2, -1))
-    return torch.where(energy > 0, missed / energy, 0.0).clamp(0, 1)
+    return share(energy(both, second), energy(full, second[:, : heads.width, : heads.width]))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hap.errors import HapError
+from hap.implants.sdpa import Arguments
 from hap.implants.value_packing import ValuePacking
 
 
@@ -34,35 +35,26 @@ class Packing:
     def __str__(self) -> str:
         return f"{self.packed} heads of {self.parts} narrow ones each"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``scaled_dot_product_attention`` of heads ``(..., heads, tokens, width)`` of which the last are packed.
 
         Where the mask has an axis of heads, all parts of a packed one have its mask.
         """
-        full = query.shape[-3] - self.packed
-        heads = (query, key, value)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        masks = (attn_mask, attn_mask)
-        if attn_mask is not None and attn_mask.ndim > 2 and attn_mask.shape[-3] > 1:
-            wide, narrow = attn_mask.split([full, self.packed], -3)
+        given = Arguments(*args, **kwargs)
+        full = given.query.shape[-3] - self.packed
+        heads = (given.query, given.key, given.value)
+        how: dict[str, Any] = {"dropout_p": given.dropout_p, "is_causal": given.is_causal, "scale": given.scaling}
+        masks = (given.attn_mask, given.attn_mask)
+        if given.attn_mask is not None and given.attn_mask.ndim > 2 and given.attn_mask.shape[-3] > 1:
+            wide, narrow = given.attn_mask.split([full, self.packed], -3)
             masks = (wide, narrow.repeat_interleave(self.parts, -3))
         q, k, v = (_unpacked(x[..., full:, :, :], self.parts) for x in heads)
-        y = F.scaled_dot_product_attention(q, k, v, masks[1], dropout_p, is_causal, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, masks[1], **how)
         y = y.unflatten(-3, (self.packed, self.parts)).movedim(-3, -2).flatten(-2)
         if not full:
             return y
         q, k, v = (x[..., :full, :, :] for x in heads)
-        return torch.cat([F.scaled_dot_product_attention(q, k, v, masks[0], dropout_p, is_causal, scale=scale), y], -3)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, masks[0], **how), y], -3)
 
 
 Packed = Packing | ValuePacking

@@ -8,12 +8,14 @@ narrow values: fused kernels want values as wide as keys, and what is called in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from hap.errors import HapError
 from hap.implants.heads import packs
+from hap.implants.sdpa import Arguments
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,7 @@ class ValuePacking:
     def __str__(self) -> str:
         return f"{self.narrow} heads of narrow values, {self.parts} in a place"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    def attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``scaled_dot_product_attention`` of heads ``(..., heads, tokens, width)``.
 
         Where heads of queries share one of keys, keys and values may come repeated for each of them, or once (with
@@ -56,19 +48,18 @@ class ValuePacking:
         Raises:
             HapError: there are not as many heads of values as there should be.
         """
+        given = Arguments(*args, **kwargs)
         heads, places = self.full + self.narrow, self.full + packs(self.narrow, self.parts)
-        queries, keys = query.shape[-3] // heads, key.shape[-3] // heads  # of each head
-        if value.shape[-3] != places * keys:
+        queries, keys = given.query.shape[-3] // heads, given.key.shape[-3] // heads  # of each head
+        if given.value.shape[-3] != places * keys:
             raise HapError(
                 "a module with narrow values did not get as many heads of them as it has",
-                expected=f"{places * keys} heads of values beside {key.shape[-3]} of keys",
-                got=str(value.shape[-3]),
+                expected=f"{places * keys} heads of values beside {given.key.shape[-3]} of keys",
+                got=str(given.value.shape[-3]),
                 remedy="a cache must not take values for as many as keys: leave out cache_implementation='static'",
             )
-        value = torch.cat([value[..., : self.full * keys, :, :], self._unpacked(value, keys)], -3)
-        y = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        value = torch.cat([given.value[..., : self.full * keys, :, :], self._unpacked(given.value, keys)], -3)
+        y = F.scaled_dot_product_attention(**{**vars(given), "value": value})
         return torch.cat([y[..., : self.full * queries, :, :], self._packed(y, queries)], -3)
 
     def _unpacked(self, value: torch.Tensor, each: int) -> torch.Tensor:

@@ -83,8 +83,17 @@ def undone(found: Contexts, values: Values, weight: torch.Tensor, group: int) ->
     """The share of the energy of what each head adds to the output that narrow values miss; float64 (heads,)."""
     full = weight.double()
     missed = full - values.output @ shared(values.value, group).mT
-    energy = ((full @ found.context) * full).sum((-2, -1))
-    return torch.where(energy > 0, ((missed @ found.context) * missed).sum((-2, -1)) / energy, 0.0).clamp(0, 1)
+    return share(energy(missed, found.context), energy(full, found.context))
+
+
+def energy(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """``E |W z|^2`` of each head, with the second moments of z: (heads,)."""
+    return ((weight @ moment) * weight).sum((-2, -1))
+
+
+def share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What a part is of the whole, between 0 and 1; none of nothing."""
+    return torch.where(whole > 0, part / whole, 0.0).clamp(0, 1)
 
 
 def shared(value: torch.Tensor, group: int) -> torch.Tensor:
