@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from hap.errors import HapError, unknown
 from hap.zoo import cifar, digits, imagefolder
-from hap.zoo.splits import ENVIRONMENT, DataSplits, Options
+from hap.zoo.splits import DataSplits, Options, root_of
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,5 @@ def _root(name: str, directory: str, *, needed: bool) -> Path:
         if directory:
             raise HapError(f"{name} needs no directory", expected=f"{name!r}", got=f"'{name}:{directory}'")
         return Path()
-    found = directory or os.environ.get(ENVIRONMENT, "")
-    if not found:
-        raise HapError(
-            f"where is {name}?",
-            expected=f"'{name}:DIR', or the environment variable {ENVIRONMENT}",
-            got=f"{name!r}, and {ENVIRONMENT} is not set",
-            remedy=f"give its directory: {name}:path/to/data",
-        )
-    return Path(found).expanduser()
+    remedy = f"give its directory: {name}:path/to/data"
+    return root_of(name, directory, expected=f"'{name}:DIR'", got=f"{name!r}, and ", remedy=remedy)

@@ -6,7 +6,6 @@ the test set, as is usual in the literature, and validation is cut from the trai
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from hap.errors import HapError, unknown
 from hap.types import Metric
 from hap.zoo.optional import require
-from hap.zoo.splits import ENVIRONMENT, DataSplits, Options, cut_validation, divide, in_order, shuffled
+from hap.zoo.splits import DataSplits, Options, cut_validation, divide, in_order, root_of, shuffled
 from hap.zoo.texts import Padding, Texts, TextSplit
 from hap.zoo.tokens import Cache
 
@@ -84,14 +83,7 @@ def directory_of(task: str, directory: str | Path | None) -> Path:
     Raises:
         HapError: there are none, or nothing says where.
     """
-    given = directory or os.environ.get(ENVIRONMENT, "")
-    if not given:
-        raise HapError(
-            f"where is {task}?",
-            expected=f"the directory of its files (--data), or the environment variable {ENVIRONMENT}",
-            got=f"neither: {ENVIRONMENT} is not set",
-        )
-    root = Path(given).expanduser()
+    root = root_of(task, directory, expected="the directory of its files (--data)", got="neither: ")
     for place in (root, root / task.partition("/")[0]):
         if any(_find(place, task, split) for split in SPLITS):
             return place

@@ -6,11 +6,13 @@ cut from them, and the test images are read for the reported number only.
 
 from __future__ import annotations
 
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,26 @@ from hap.types import Metric
 
 ENVIRONMENT = "HAP_DATA"  # the variable that names the folder of data sets
 ImageBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+def root_of(name: str, directory: str | Path | None, *, expected: str, got: str, remedy: str = "") -> Path:
+    """The directory of a data set: the one given, or what the environment variable HAP_DATA says.
+
+    Args:
+        expected, got, remedy: how the caller says that there is neither.
+
+    Raises:
+        HapError: there is neither.
+    """
+    found = directory or os.environ.get(ENVIRONMENT, "")
+    if not found:
+        raise HapError(
+            f"where is {name}?",
+            expected=f"{expected}, or the environment variable {ENVIRONMENT}",
+            got=f"{got}{ENVIRONMENT} is not set",
+            remedy=remedy,
+        )
+    return Path(found).expanduser()
 
 
 @dataclass(frozen=True)
