@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -21,11 +21,13 @@ from torch import nn
 
 import hap
 from hap.batches import Batch
-from hap.implants import options
+from hap.curvature import CRITERIA
+from hap.implants import Option, options
 from hap.planning import CostModel, Decision, Plan
-from hap.types import Structure
+from hap.types import Sensitivity, Structure
 
 BATCH = 128
+FIT = 512  # calibration images for implants, batch-norm statistics and refits
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +37,19 @@ class Task:
     Attributes:
         setting: the network and its data.
         budget: what may remain.
-        calibration: training images: all that a contender may read before fine-tuning.
+        samples: the training images that a contender may read before fine-tuning.
         seed: of what it draws.
     """
 
     setting: Setting
     budget: hap.Budget
-    calibration: list[Batch]
+    samples: int
     seed: int
+
+    @property
+    def calibration(self) -> list[Batch]:
+        """These images."""
+        return self.setting.calibration(self.samples)
 
 
 Contender = Callable[[Task], Plan]
@@ -52,22 +59,30 @@ def ours(*, criterion: str = "gate-fisher", implants: bool, joint: bool = False,
     """A plan by this library."""
 
     def find(task: Task) -> Plan:
-        setting = task.setting
-        samples = sum(len(labels) for _, labels in task.calibration)
-        draws = {"hessian-trace": 8}.get(criterion)
-        sensitivity = hap.measure(
-            setting.model, task.calibration, None, setting.structure,
-            criterion=criterion, samples=samples, draws=draws, seed=task.seed, gram=joint,
-        )  # fmt: skip
-        offered = None
-        if implants and mode == "optimal":
-            offered = options(setting.model, setting.structure, task.calibration, samples=256)
-        ratio = 0.1 if implants else 0.0
+        structure, ratio = task.setting.structure, 0.1 if implants else 0.0
+        sensitivity = measured(task.setting, task.samples, criterion, task.seed)
+        offered = forms(task.setting) if implants and mode == "optimal" else None
         return hap.decide(
-            setting.structure, sensitivity, task.budget, mode=mode, implant_ratio=ratio, options=offered, joint="auto"
+            structure, sensitivity, task.budget, mode=mode, implant_ratio=ratio, options=offered, joint=joint
         )
 
     return find
+
+
+@cache
+def measured(setting: Setting, samples: int, criterion: str, seed: int) -> Sensitivity:
+    """What a criterion says, once for all budgets."""
+    pairs, draws = CRITERIA[criterion].has_gram, {"hessian-trace": 8}.get(criterion)
+    return hap.measure(
+        setting.model, setting.calibration(samples), None, setting.structure,
+        criterion=criterion, samples=samples, draws=draws, seed=seed, gram=pairs,
+    )  # fmt: skip
+
+
+@cache
+def forms(setting: Setting) -> dict[str, tuple[Option, ...]]:
+    """The implants to choose from, once for all budgets."""
+    return options(setting.model, setting.structure, setting.calibration(FIT), samples=256)
 
 
 def peer(importance: str) -> Contender:
@@ -94,7 +109,8 @@ def _theirs(task: Task, importance: str, ratio: float) -> Plan:
     import torch_pruning as tp
 
     model, structure = copy.deepcopy(task.setting.model), task.setting.structure
-    images, labels = task.calibration[0]
+    calibration = task.calibration
+    images, labels = calibration[0]
     made = {
         "group norm": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean"),
         "L2": lambda: tp.importance.MagnitudeImportance(p=2, normalizer=None, group_reduction="first"),
@@ -108,7 +124,7 @@ def _theirs(task: Task, importance: str, ratio: float) -> Plan:
             max_pruning_ratio=0.9,
         )  # fmt: skip
         if importance == "Taylor":
-            for x, y in task.calibration:
+            for x, y in calibration:
                 nn.functional.cross_entropy(model(x), y).backward()
         pruner.step()
     lost = {name: set(indices) for name, out, indices in pruner.pruning_history() if out}
@@ -150,7 +166,7 @@ def budgets(
     model: Network = MODEL,
     keep: Annotated[str, typer.Option(help="Fractions that may remain.")] = "0.7,0.5,0.3",
     of: Annotated[str, typer.Option(help="params or macs.")] = "params",
-    samples: Annotated[int, typer.Option(help="Calibration images.")] = 512,
+    samples: Annotated[int, typer.Option(help="Calibration images.")] = 2048,
     test: Annotated[int, typer.Option(help="Test images.")] = 2000,
     steps: Annotated[int, typer.Option(help="Of fine-tuning, 128 images each; 0 for none.")] = 100,
     seeds: Annotated[int, typer.Option(help="Runs.")] = 1,
@@ -159,7 +175,6 @@ def budgets(
     """Accuracy as cut, recalibrated, refitted, and refitted and fine-tuned, for every contender and budget."""
     clock, setting = Clock(minutes), load(data, model=model, batch_size=BATCH)
     records = Records(results / "implant-budgets.jsonl", model=model, samples=samples, test=test, steps=steps)
-    calibration = setting.calibration(samples)
     if not records.has(contender="dense"):
         found = hap.evaluate(setting.model, setting.splits.test, samples=test)
         records.add({"contender": "dense", "accuracy": found.accuracy, "loss": found.loss}, f"dense {found.accuracy}")
@@ -169,19 +184,19 @@ def budgets(
                 key = {"contender": name, "of": of, "keep": share, "seed": seed}
                 if clock.over() or only not in name or records.has(**key):
                     continue
-                task = Task(setting, hap.Budget(**{of: share}), calibration, seed)
+                task = Task(setting, hap.Budget(**{of: share}), samples, seed)
                 row = {**key, **_row(task, find, test, steps)}
                 records.add(row, f"{key}: {row}")
 
 
 def _row(task: Task, find: Contender, test: int, steps: int) -> Row:
-    setting, start = task.setting, time.perf_counter()
+    setting, fit = task.setting, task.setting.calibration(FIT)
     plan = find(task)
-    row: Row = {"seconds": time.perf_counter() - start, "predicted": plan.predicted}
+    row: Row = {"predicted": plan.predicted}
     row |= {"params": plan.small.params / plan.dense.params, "macs": plan.small.macs / plan.dense.macs}
     row["implanted"] = sum(len(implant.indices) for implant in plan.implants.values())
     row["forms"] = sorted({f"{implant.form} {implant.rank or ''}".strip() for implant in plan.implants.values()})
-    small = hap.apply(setting.model, plan, task.calibration)
+    small = hap.apply(setting.model, plan, fit)
     row["calibration_loss"] = hap.evaluate(small, task.calibration).loss
     row["dense_calibration_loss"] = hap.evaluate(setting.model, task.calibration).loss
 
@@ -190,9 +205,9 @@ def _row(task: Task, find: Contender, test: int, steps: int) -> Row:
 
     scored(small, "as_cut")
     refitted = copy.deepcopy(small)
-    hap.recalibrate_(small, task.calibration)
+    hap.recalibrate_(small, fit)
     scored(small, "recalibrated")
-    hap.refit_(refitted, setting.model, plan, task.calibration)
+    hap.refit_(refitted, setting.model, plan, fit)
     scored(refitted, "refitted")
     if steps:
         for key, start_from in (("tuned", small), ("refitted_tuned", refitted)):
@@ -231,18 +246,6 @@ def table(rows: Sequence[Row], model: str) -> str:
     return "\n".join(lines)
 
 
-def predicted(rows: Sequence[Row], model: str) -> str:
-    """Predicted and measured rise of the loss on the calibration images, as cut."""
-    mine = [r for r in rows if r["model"] == model and r.get("predicted") and r["contender"].startswith("optimal")]
-    lines = ["| budget | contender | predicted rise, nats | measured | ratio |", "|---|---|---|---|---|"]
-    for row in mine:
-        rise = row["calibration_loss"] - row["dense_calibration_loss"]
-        cells = [f"{row['keep']:.0%} of {row['of']}", row["contender"], f"{row['predicted']:.3f}", f"{rise:.3f}"]
-        cells.append(f"{rise / row['predicted']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if mine else NONE
-
-
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -252,4 +255,4 @@ def _cell(values: Sequence[float]) -> str:
 def tables(results: Any) -> dict[str, str]:
     """Every table of `docs/implants.md` that comes from these results."""
     rows = read(results / "implant-budgets.jsonl")
-    return {name: table(rows, name) for name in ("resnet20", "resnet56")} | {"predicted": predicted(rows, MODEL)}
+    return {name: table(rows, name) for name in ("resnet20", "resnet56")}

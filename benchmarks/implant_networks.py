@@ -11,13 +11,13 @@ import torch
 from curvature_records import Records, Row
 from curvature_setting import Clock, Setting, load
 from curvature_tables import NONE
+from implant_budgets import FIT, forms, measured
 from implant_layers import FORMATS
 from implant_turns import ratios
 from torch import nn
 
 import hap
 from hap.batches import copied
-from hap.implants import options
 from hap.planning import LatencyTable, Plan, time_layers, ways
 
 BATCHES = (1, 64)
@@ -74,9 +74,9 @@ def _cases(network: str, share: float, batch: int, compiled: bool) -> Iterator[R
 
 def _known(data: Path, network: str) -> Known:
     setting = load(data, model=network)
-    model, structure, calibration = setting.model, setting.structure, setting.calibration(512)
-    sensitivity = hap.measure(model, calibration, None, structure, criterion="gate-fisher", gram=True)
-    offered = options(model, structure, calibration, samples=256)
+    model, structure = setting.model, setting.structure
+    sensitivity = measured(setting, 2048, "gate-fisher", 0)
+    offered = forms(setting)
     timed = ways(structure, offered, mode="optimal")
     table = {
         batch: time_layers(model, structure, (torch.zeros(batch, *setting.splits.input_shape),), implants=timed)
@@ -88,7 +88,7 @@ def _known(data: Path, network: str) -> Known:
 def _models(known: Known, share: float, batch: int) -> tuple[dict[str, nn.Module], Row]:
     """The contenders, the pruned network first, and what is to be said of them."""
     setting, table = known.setting, known.table[batch]
-    calibration = setting.calibration(512)
+    calibration = setting.calibration(FIT)
 
     def plan(budget: hap.Budget, *, implants: bool) -> Plan:
         return hap.decide(

@@ -17,7 +17,7 @@ from hap.checkpoint import write
 from hap.errors import HapError
 from hap.pipeline import prune
 from hap.pipeline.rounds import joined, repeatable, round_settings, schedule
-from hap.pipeline.stages import CAP, FIT
+from hap.pipeline.stages import FIT, examples
 from hap.planning import Plan
 from hap.pretrained import transformers
 from hap.surgery import apply_, follow_
@@ -100,7 +100,7 @@ class PruningCallback(Base):
         self._batches = batches
         self._loss = loss
         self._seed = seed
-        self._settings = repeatable({"implant_ratio": 0.0, "samples": 512, **settings})
+        self._settings = repeatable({"implant_ratio": 0.0, **settings})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses what cannot work, and prunes if the schedule says so."""
@@ -124,14 +124,14 @@ class PruningCallback(Base):
 
     def _prune(self, due: int, *, model: nn.Module, optimizer: Any, train_dataloader: Any, **_: Any) -> None:
         batches = self._batches if self._batches is not None else _calibration(train_dataloader, self._seed)
-        samples, last = self._settings["samples"], due == len(self._at)
-        data = list(take(batches, CAP if samples == "auto" else samples, device_of(model)))
-        settings = {**self._settings, **round_settings(self.plan, self._settings, last=last)}
+        data = list(take(batches, examples(**self._settings), device_of(model)))
+        given = self._settings.get("samples")
+        settings = {**self._settings, **round_settings(self.plan, self._settings, last=due == len(self._at))}
         budget = self._budgets[due - 1]
         with _unwrapped(model):
             plan = prune(model, data, self._loss, budget, seed=self._seed, **settings).plan
             before = dict(model.named_parameters())
-            apply_(model, plan, data, samples=FIT if samples == "auto" else samples)
+            apply_(model, plan, data, samples=given if isinstance(given, int) else FIT)
         follow_(getattr(optimizer, "optimizer", optimizer), before, model, plan)  # Accelerate wraps it
         self.plan, self.done = joined(self.plan, plan, budget, due), due
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")

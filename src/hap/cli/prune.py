@@ -71,8 +71,12 @@ def prune(
         str, METHOD(help="gate-fisher, hessian-trace (the paper's), or another of docs/criteria.md.")
     ] = "gate-fisher",
     samples: Annotated[
-        str, METHOD(help="Calibration examples; auto: until the ranking is settled, 8192 at most.")
-    ] = "512",
+        str | None,
+        METHOD(
+            help="Calibration examples; auto: until the ranking is settled, 8192 at most; default: 2048 where units "
+            "are chosen together, else 512."
+        ),
+    ] = None,
     draws: Annotated[int | None, METHOD(help="Probes per batch, or labels per example; default by criterion.")] = None,
     mode: Annotated[
         str, METHOD(help="paper: one global ranking; optimal: the least predicted loss for exact costs.")
@@ -220,7 +224,9 @@ def _kinds(units: str | None) -> list[str] | None:
     return None if units is None else [name.strip().removesuffix("s") for name in units.split(",")]
 
 
-def _count(samples: str) -> int | Literal["auto"]:
+def _count(samples: str | None) -> int | Literal["auto"] | None:
+    if samples is None:
+        return None
     if samples == "auto":
         return "auto"
     try:

@@ -24,8 +24,9 @@ from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verificati
 
 T = TypeVar("T")
 PAIRS = 8192  # units of which the matrix of all pairs, 8 bytes each, is measured unasked: half a gigabyte
-CAP = 8192  # calibration examples, at most, where their number is not given
-FIT = 512  # of these, the examples that implants are fitted on
+CAP = 8192  # calibration examples, at most, for samples="auto"
+TOGETHER = 2048  # where units are chosen together: the matrix of pairs takes more than single scores do
+FIT = 512  # where they are not; and those that implants are fitted on
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def prune(
     *,
     criterion: str | Criterion = "gate-fisher",
     implant_ratio: float = 0.1,
-    samples: int | Literal["auto"] = 512,
+    samples: int | Literal["auto"] | None = None,
     draws: int | None = None,
     seed: int = 0,
     mode: Mode = "optimal",
@@ -82,8 +83,9 @@ def prune(
             ``optimal`` implants of every form are measured on the data, unless `implant_ratio` is 0.
         joint: see `hap.decide`; "auto" measures the Gram matrix in mode ``optimal`` where the criterion has one and
             the units are no more than 8192.
-        samples: calibration examples, for measuring and for fitting the implants. "auto" measures until the ranking
-            is settled where the budget's fraction of the units stays (see `hap.measure`), and fits on 512.
+        samples: calibration examples, for measuring and for fitting the implants. None measures on 2048 where units
+            are chosen together and on 512 where not, "auto" until the ranking is settled where the budget's fraction
+            of the units stays (see `hap.measure`); both fit on 512.
         seed: of everything drawn at random.
         ignore: see `hap.trace`.
         latency_batch: a budget of latency counts the time of so many examples. Without one nothing is timed, and
@@ -99,8 +101,9 @@ def prune(
             promised.
     """
     ignore, protect, units = tuple(ignore), tuple(protect), None if units is None else tuple(units)
-    data = list(take(batches, CAP if isinstance(samples, str) else samples, device_of(model)))
-    fit = FIT if isinstance(samples, str) else samples
+    most = examples(samples=samples, criterion=criterion, mode=mode, joint=joint)
+    fit = samples if isinstance(samples, int) else FIT
+    data = list(take(batches, most, device_of(model)))
     args, kwargs = arguments(data[0])
     structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
     choice: dict[str, Any] = {
@@ -127,12 +130,12 @@ def prune(
             loss,
             structure,
             criterion=criterion,
-            samples=samples,
+            samples="auto" if samples == "auto" else most,
             keep=min(limits.limits.values()) if samples == "auto" else None,  # near enough to the fraction of units
             cap=CAP,
             draws=draws,
             seed=seed,
-            gram=mode == "optimal" and (_has_gram(criterion, structure) if joint == "auto" else joint),
+            gram=_together(criterion, mode, joint) and (joint is True or _units(structure) <= PAIRS),
             state=Path(state, "measure.safetensors") if state and _resumable(criterion) else None,
             progress=progress,
         )
@@ -199,10 +202,28 @@ def _forms(
     return found
 
 
-def _has_gram(criterion: str | Criterion, structure: Structure) -> bool:
-    """Whether the criterion knows of pairs of units, and the matrix of all pairs is small enough."""
+def examples(
+    *,
+    samples: int | Literal["auto"] | None = None,
+    criterion: str | Criterion = "gate-fisher",
+    mode: Mode = "optimal",
+    joint: Joint = "auto",
+    **_: object,
+) -> int:
+    """How many calibration examples `prune` reads at most, with these settings."""
+    if samples is None:
+        return TOGETHER if _together(criterion, mode, joint) else FIT
+    return CAP if samples == "auto" else samples
+
+
+def _together(criterion: str | Criterion, mode: Mode, joint: Joint) -> bool:
+    """Whether units are to be chosen by the matrix of all pairs; "auto" says so where the criterion knows it."""
     known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
-    return known is not None and known.has_gram and sum(family.size for family in structure.families) <= PAIRS
+    return mode == "optimal" and (known is not None and known.has_gram if joint == "auto" else joint)
+
+
+def _units(structure: Structure) -> int:
+    return sum(family.size for family in structure.families)
 
 
 def _resumable(criterion: str | Criterion) -> bool:

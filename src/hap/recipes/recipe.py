@@ -79,16 +79,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured; see `hap.measure`."""
+    """What is measured; see `hap.prune`."""
 
     criterion: str = "gate-fisher"
-    samples: int | Literal["auto"] = 512
+    samples: int | Literal["auto"] | None = None
     draws: int | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise unknown("criterion", self.criterion, CRITERIA)
-        if not isinstance(self.samples, str):
+        if isinstance(self.samples, int):
             _at_least("samples", self.samples, 1)
         _at_least("draws", self.draws, 1)
         if self.draws is not None and not CRITERIA[self.criterion].default_draws:
