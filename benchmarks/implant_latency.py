@@ -20,7 +20,7 @@ def latency(
     results: Results = RESULTS,
     minutes: Minutes = 120.0,
     what: Annotated[str, typer.Option(help="layers, networks, or both with a comma.")] = "layers,networks",
-    networks: Annotated[str, typer.Option(help="resnet20, resnet56.")] = "resnet20,resnet56",
+    networks: Annotated[str, typer.Option(help="resnet20, resnet56, resnet50.")] = "resnet20,resnet56,resnet50",
     keep: Annotated[str, typer.Option(help="Fractions of the MACs that may remain.")] = "0.7,0.5,0.3",
     seconds: Annotated[float, typer.Option(help="Of each comparison, at most.")] = 6.0,
     compiled: Annotated[bool, typer.Option(help="With torch.compile too.")] = True,

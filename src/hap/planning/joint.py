@@ -55,11 +55,13 @@ class Greedy:
         rise, price = problem.score.copy(), prices.unit[family]
         left = problem.most.copy()
         closed = left[family] == 0
+        inverse, barrier = _open(price, closed)
         forced = _forced(problem)
         following = iter(blocks)
         block = next(following, None)
         while True:
-            ratio = np.where(closed | (price <= 0), np.inf, rise / np.maximum(price, TINY))
+            ratio = rise * inverse
+            ratio += barrier
             must = bool(forced)
             unit = forced.pop() if must else int(ratio.argmin())
             if block is not None and not must and block.ratio < ratio[unit]:
@@ -69,17 +71,17 @@ class Greedy:
                     if block.owner >= 0:
                         rise[block.owner] -= block.rise
                         price[block.owner] -= block.price
+                        inverse, barrier = _open(price, closed)
                 block = next(following, None)
                 continue
             if not must and not np.isfinite(ratio[unit]):
                 return
             self.moves.append((-1, unit))
             self.rates.append(0.0 if must else float(ratio[unit]))  # a forced unit pays nothing
-            closed[unit] = True
             rise += gram[unit]
             left[family[unit]] -= 1
-            if not left[family[unit]]:
-                closed |= family == family[unit]
+            done = unit if left[family[unit]] else family == family[unit]
+            closed[done], inverse[done], barrier[done] = True, 0.0, np.inf
 
     def after(self, moves: int) -> State:
         """The state after so many moves; of each family the last units stay for a width that is allowed."""
@@ -97,6 +99,12 @@ class Greedy:
         for k, chosen in enumerate(numbers):
             state.implant(k, np.intersect1d(np.array(chosen, dtype=np.int64), state.open_blocks(k)))
         return state
+
+
+def _open(price: np.ndarray, closed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One over the prices; and what keeps a unit from being chosen that has left already, or saves nothing."""
+    shut = closed | (price <= 0)
+    return np.where(shut, 0.0, 1 / np.maximum(price, TINY)), np.where(shut, np.inf, 0.0)
 
 
 def _forced(problem: Problem) -> list[int]:

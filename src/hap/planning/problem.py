@@ -157,7 +157,9 @@ def _gram(sensitivity: Sensitivity, units: int, pairs: float) -> np.ndarray:
             expected="finite numbers",
             remedy="check the calibration data and the model's weights",
         )
-    return gram if pairs == 1 else pairs * gram + (1 - pairs) * np.diag(gram.diagonal())
+    weighted = pairs * gram
+    np.fill_diagonal(weighted, gram.diagonal())
+    return weighted
 
 
 def _implantables(
