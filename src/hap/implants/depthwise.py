@@ -124,11 +124,15 @@ def _unit(kernels: torch.Tensor) -> torch.Tensor:
 def _mixture(kernels: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The best mixture of given kernels, (rows, channels, rank), and the energy that it explains."""
     channels, rank, _ = kernels.shape
-    half = torch.einsum("cmt,ctds->cmds", kernels, blocks)
-    gram = torch.einsum("cmds,dns->cmdn", half, kernels).reshape(channels * rank, -1)
+    gram = torch.einsum("cmds,dns->cmdn", _read(kernels, blocks), kernels).reshape(channels * rank, -1)
     right = torch.einsum("cmt,cto->cmo", kernels, targets).flatten(0, 1)
     mixture = solved(gram, right, DECAY)
     return mixture.T.reshape(-1, channels, rank), float((mixture * right).sum())
+
+
+def _read(kernels: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """The moments of what each kernel gives with what every channel reads, (channels, rank, channels, taps)."""
+    return (kernels @ blocks.flatten(2)).unflatten(2, blocks.shape[2:])
 
 
 def _kernels(start: torch.Tensor, mixture: torch.Tensor, blocks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -140,8 +144,7 @@ def _kernels(start: torch.Tensor, mixture: torch.Tensor, blocks: torch.Tensor, t
     factor = cholesky(own)
 
     def system(kernels: torch.Tensor) -> torch.Tensor:
-        read = torch.einsum("dns,ctds->cdnt", kernels, blocks)
-        return between @ read.flatten(1, 2)
+        return between @ _read(kernels, blocks).permute(2, 0, 1, 3).flatten(1, 2)
 
     def conditioned(residual: torch.Tensor) -> torch.Tensor:
         return torch.cholesky_solve(residual.reshape(len(blocks), -1, 1), factor).reshape(shape)
