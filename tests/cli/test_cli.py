@@ -154,6 +154,7 @@ def test_implants_do_not_slow_the_model_down_unasked(tmp_path: Path, weights: Pa
         (["--keep-params", "0.5", "--mode", "optimum"], "did you mean 'optimal'"),
         (["--keep-params", "0.5", "--mode", "paper", "--joint"], "ranks units one by one"),
         (["--keep-params", "0.5", "--min-width", "conv1"], "give FAMILY=8 or FAMILY=0.5"),
+        (["--keep-params", "0.5", "--min-width", "8"], "give FAMILY=8 or FAMILY=0.5"),
         (["--keep-params", "0.5", "--max-width", "cnv1=8"], "did you mean 'conv1'"),
         (["--keep-params", "0.5", "--protect", "convolution"], "unknown module to protect"),
         (["--keep-params", "0.5", "--iterations", "0"], "--iterations is out of range"),

@@ -41,6 +41,29 @@ def test_prune_is_deterministic(model: nn.Module, data: zoo.DataSplits) -> None:
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.parametrize(
+    "options", [{"protect": ["typo"]}, {"minimum": {"typo": 3}}, {"round_to": 0}, {"mode": "foo"}, {"units": ["x"]}]
+)
+def test_options_are_checked_before_anything_is_measured(
+    model: nn.Module, data: zoo.DataSplits, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hap.pipeline.stages.measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(hap.HapError, match="unknown|out of range"):
+        hap.prune(model, data.calibration, None, hap.Budget(params=0.5), samples=64, **options)
+
+
+def test_a_loss_of_the_same_name_is_another_run(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    def weighted(weight: float) -> Any:
+        weights = torch.tensor([weight] + [1.0] * 9)
+        return lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1], weights)
+
+    given = {"samples": 64, "criterion": "taylor", "state": tmp_path}
+    hap.prune(model, data.calibration, weighted(1.0), hap.Budget(params=0.5), **given)
+    hap.prune(model, data.calibration, weighted(1.0), hap.Budget(params=0.5), **given)
+    with pytest.raises(hap.HapError, match="loss"):
+        hap.prune(model, data.calibration, weighted(100.0), hap.Budget(params=0.5), **given)
+
+
 def test_data_can_be_a_generator(model: nn.Module, data: zoo.DataSplits) -> None:
     """The calibration examples are read once."""
     result = hap.prune(model, (b for b in data.calibration), None, hap.Budget(params=0.5), samples=100)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 import hap
 from hap import Budget, HapError, decide
@@ -54,6 +57,41 @@ def test_plans_respect_them(structure, sensitivity, mode, ratio) -> None:
         assert widths["hidden"] >= 5 and widths["stem"] <= 7 and widths["inner"] == 6
         assert "inner" not in plan.implants
         assert plan.small.params <= 0.7 * plan.dense.params
+
+
+class Fused(nn.Module):
+    """Attention and MLP side by side, computed by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out, self.down = nn.Linear(16, 80), nn.Linear(16, 16), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.out.in_features
+        *qkv, hidden = self.both(x).split([width, width, width, self.down.in_features], -1)
+        q, k, v = (part.view(*x.shape[:2], -1, 4).transpose(1, 2) for part in qkv)
+        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(heads) + self.down(hidden.relu())
+
+
+def test_units_of_other_kinds_stay_though_the_same_layer_writes_them() -> None:
+    structure = hap.trace(Fused().eval(), (torch.zeros(2, 5, 16),))
+    kinds = {family.kind: rooms(structure, units=["head"])[family.name].most for family in structure.families}
+    assert kinds["head"] == 3 and kinds["neuron"] == 0
+
+
+def test_a_share_is_neither_less_nor_more_than_it_says(structure) -> None:
+    assert counts(structure, {"left": 0.5}, largest=False)["left"] == 3
+    assert counts(structure, {"left": 0.5}, largest=True)["left"] == 2
+    assert counts(structure, {"hidden": 0.3}, largest=False)["hidden"] == 3
+
+
+def test_a_largest_width_that_cannot_be_had(structure, caplog) -> None:
+    with pytest.raises(HapError, match="'inner' cannot become narrower"):
+        constraints(structure, protect=["inner"], maximum={"inner": 0.5})
+    with caplog.at_level("INFO"):
+        assert rooms(structure, protect=["inner"], maximum={"inn*": 0.5})["inner"] == Room(0, 0)
+    assert "inner stays as it is" in caplog.text
 
 
 def test_families_without_scores_stay(structure, sensitivity) -> None:

@@ -14,7 +14,9 @@ from torch import nn
 import hap
 from hap import Budget, HapError, decide
 from hap.implants import Option
+from hap.planning.constraints import constraints
 from hap.planning.cost import CostModel, Share
+from hap.planning.problem import problem
 
 Options = Mapping[str, tuple[Option, ...]]
 BUDGETS = [Budget(params=0.5), Budget(macs=0.7), Budget(params=0.6, macs=0.5)]
@@ -268,3 +270,46 @@ def test_an_unreachable_budget_says_how_low_it_can_go(structure, sensitivity) ->
 def test_bad_options_are_refused(structure, sensitivity, options, message) -> None:
     with pytest.raises(HapError, match=message):
         decide(structure, sensitivity(structure), Budget(params=0.5), **options)
+
+
+def test_filters_whose_units_must_stay_are_implanted_as_if_they_had_none(residual, sensitivity) -> None:
+    """A family that may not lose units leaves its filters to implants alone."""
+    given = with_gram(residual, sensitivity(residual, 0), 0)
+    offered = options(residual, ("inner", "back"), 0)
+    held = {"minimum": {"inner": 1.0, "stem": 1.0}}
+    choices = problem(residual, given, constraints(residual, **held), offered, pairs=0.0)
+    assert all((layer.owner == -1).all() for layer in choices.layers)
+    for joint in (False, True):
+        plan = decide(residual, given, Budget(params=0.6), mode="optimal", joint=joint, options=offered, **held)
+        filters = torch.cat([given.filters[name] * offered[name][0].undone for name in ("inner", "back")])
+        chosen = [plan.implants[name].indices if name in plan.implants else () for name in ("inner", "back")]
+        assert all(not decision.prune for decision in plan.decisions.values()) and sum(map(len, chosen))
+        assert plan.predicted == pytest.approx(least_of(filters, given, residual, Budget(params=0.6), offered))
+
+
+def least_of(
+    rises: torch.Tensor, given: hap.Sensitivity, structure: hap.Structure, budget: Budget, offered: Options
+) -> float:
+    """The least rise by implants alone, over all sets of filters."""
+    cost, found = CostModel(structure), np.inf
+    sizes = {name: len(options[0].undone) for name, options in offered.items()}
+    counts = np.zeros((1, len(structure.families)), dtype=np.int64)
+    for numbers in itertools.product(*(range(size + 1) for size in sizes.values())):
+        shares = {name: Share(n, "pointwise", None) for name, n in zip(sizes, numbers, strict=True) if n}
+        if cost.costs(counts, shares)[0, 0] <= budget.params * cost.dense.params:
+            parts = torch.split(rises, list(sizes.values()))
+            found = min(found, sum(float(p.sort().values[:n].sum()) for p, n in zip(parts, numbers, strict=True)))
+    return found
+
+
+def test_implants_alone_may_meet_the_budget() -> None:
+    """No unit can leave before a normalisation that mixes them; its filters can still be implanted."""
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)]
+    structure = hap.trace(nn.Sequential(*layers), (torch.zeros(2, 2, 6, 6),))
+    filters = {layer.module: torch.rand(8, dtype=torch.float64) for layer in structure.layers}
+    scores = {family.name: torch.rand(family.size, dtype=torch.float64) for family in structure.families}
+    given = hap.Sensitivity("some", 0, 0, scores, scores, filters)
+    plan = decide(structure, given, Budget(params=0.6), mode="optimal", options=options(structure, ("0", "2"), 0))
+    assert plan.implants and plan.small.params <= 0.6 * plan.dense.params
+    with pytest.raises(HapError, match="no prunable family"):
+        decide(structure, given, Budget(params=0.6), mode="optimal")

@@ -243,5 +243,7 @@ def _widths(given: list[str] | None, option: str) -> dict[str, float]:
         try:
             found[name] = float(value) if "." in value else int(value)
         except ValueError:
-            raise typer.BadParameter("give FAMILY=8 or FAMILY=0.5", param_hint=option) from None
+            name = ""
+        if not name:
+            raise typer.BadParameter("give FAMILY=8 or FAMILY=0.5", param_hint=option)
     return found

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
-from hap.batches import Batch, Loss, arguments, device_of, digest, resized, take
+from hap.batches import Batch, Loss, arguments, device_of, digest, evaluating, forward, resized, take
 from hap.curvature import CRITERIA, Criterion, measure
 from hap.errors import HapError
 from hap.implants import Option, head_options, options
 from hap.pipeline.clock import by_the_clock, clock
 from hap.pipeline.kept import once
 from hap.pipeline.together import by_the_first
-from hap.planning import CostModel, Joint, Mode, Plan, Widths, decide, inside, time_layers, ways
+from hap.planning import CostModel, Joint, Mode, Plan, Widths, checked, decide, inside, time_layers, ways
 from hap.structure import trace
 from hap.surgery import apply, verify
 from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verification, silent
@@ -119,9 +120,11 @@ def prune(
         "inexact": inexact,
     }
 
+    batch = _at_least_one(latency_batch)
+    checked(structure, **choice)  # before anything is measured
+
     def choose() -> tuple[Sensitivity, Plan]:
         limits, table = budget, None
-        batch = _at_least_one(latency_batch)  # before anything is measured
         if of is not None:
             limits = _rescaled(budget, of, CostModel(structure).dense)
         sensitivity = measure(
@@ -162,7 +165,7 @@ def prune(
         known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
         measured = {"criterion": known, "samples": samples, "draws": draws, "seed": seed, "ignore": ignore}
         settings = {**choice, **measured, "budget": budget, "of": of, "latency_batch": latency_batch}
-        settings["loss"] = None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
+        settings["loss"] = None if loss is None else _said(model, loss, data[0])
         weights = digest([*model.parameters(), *model.buffers()])
         run = {
             "weights": weights,
@@ -230,6 +233,13 @@ def _resumable(criterion: str | Criterion) -> bool:
     """Whether `hap.measure` takes a state."""
     known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
     return known is not None and known.resumable
+
+
+def _said(model: nn.Module, loss: Loss, batch: Batch) -> str:
+    """What tells a loss from another: its name, and what it says of a batch, but for what devices differ in."""
+    with evaluating(model), torch.no_grad():
+        value = float(loss(forward(model, batch), batch))
+    return f"{getattr(loss, '__qualname__', type(loss).__qualname__)}, {value:.3g} of the first batch"
 
 
 def _at_least_one(count: int) -> int:

@@ -3,7 +3,7 @@
 from hap.planning.compose import compose
 from hap.planning.constraints import Widths, inside
 from hap.planning.cost import CostModel
-from hap.planning.decide import Joint, Mode, decide
+from hap.planning.decide import Joint, Mode, checked, decide
 from hap.planning.latency import Latency, measure_latency
 from hap.planning.latency_profile import time_layers, ways
 from hap.planning.latency_table import LatencyTable
@@ -19,6 +19,7 @@ __all__ = [
     "Mode",
     "Plan",
     "Widths",
+    "checked",
     "compose",
     "decide",
     "inside",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,6 +11,8 @@ from typing import get_args
 
 from hap.errors import HapError, unknown
 from hap.types import Family, Kind, Structure
+
+log = logging.getLogger(__name__)
 
 Widths = Mapping[str, float]  # name pattern -> units (an int) or a fraction of them (a float)
 
@@ -57,12 +61,16 @@ def constraints(
     for name, value in (("floor", floor), ("round_to", round_to)):
         if not isinstance(value, int) or value < 1:
             raise HapError(f"{name} is out of range", expected="an integer of at least 1", got=repr(value))
+    units = None if units is None else tuple(units)
     protected = _protected(structure, protect) | _of_other_kinds(structure, units)
     low, high = _widths(structure, "minimum", minimum or {}), _widths(structure, "maximum", maximum or {})
-    rooms = {}
+    kinds, rooms = units or get_args(Kind), {}
     for family in structure.families:
-        if not (family.exact or inexact) or family.name in skipped or _written_by(family) & protected:
+        stays = not (family.exact or inexact) or family.name in skipped or family.kind not in kinds
+        if stays or _written_by(family) & protected:
             rooms[family.name] = Room(0, 0)
+            if min([family.size, *high[family.name]]) < family.size:
+                _not_narrower(family, named=family.name in (maximum or {}))
         else:
             rooms[family.name] = _room(
                 family, max([floor, *low[family.name]]), min([family.size, *high[family.name]]), round_to
@@ -88,6 +96,19 @@ def _room(family: Family, low: int, high: int, round_to: int) -> Room:
             remedy="raise maximum, or lower minimum, floor or round_to",
         )
     return Room(family.size - high, family.size - low)
+
+
+def _not_narrower(family: Family, *, named: bool) -> None:
+    """Says that a family has a largest width that it will not have: an error where it was `named` itself."""
+    if not named:
+        log.info("family %s stays as it is: no largest width makes it narrower", family.name)
+        return
+    raise HapError(
+        f"family {family.name!r} cannot become narrower",
+        expected="a largest width (maximum) of a family whose units may leave",
+        got="one that is protected, of another kind than units, not measured, or behind a normalisation",
+        remedy="leave it out of maximum, or loosen protect or units, or include inexact families",
+    )
 
 
 def _written_by(family: Family) -> set[str]:
@@ -145,6 +166,11 @@ def _widths(structure: Structure, option: str, wanted: Widths) -> dict[str, list
         if not families:
             raise unknown("family", pattern, found)
         for family in families:
-            width = int(value) if count else max(1, round(value * family.size))
-            found[family.name].append(min(width, family.size))
+            found[family.name].append(min(int(value) if count else _share(value, family.size, option), family.size))
     return found
+
+
+def _share(value: float, size: int, option: str) -> int:
+    """A fraction in whole units: no fewer than a minimum says, and no more than a maximum, but one."""
+    slack = 1e-9 if option == "maximum" else -1e-9  # 0.3 * 10 is 3
+    return max(1, (math.floor if option == "maximum" else math.ceil)(value * size + slack))

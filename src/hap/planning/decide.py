@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hap.errors import HapError, unknown
 from hap.implants import Option
 from hap.planning import optimal, paper
 from hap.planning.budget import check_measured
 from hap.planning.choice import Choice
-from hap.planning.constraints import Widths, constraints
+from hap.planning.constraints import Constraints, Widths, constraints
 from hap.planning.cost import CostModel
 from hap.planning.latency_table import LatencyTable
 from hap.planning.plan import Plan, versions
@@ -78,17 +78,15 @@ def decide(
         HapError: an option is out of range or names nothing, no family can be pruned, or the budget cannot be reached
             (says how low it can go).
     """
-    if mode not in get_args(Mode):
-        raise unknown("mode", mode, get_args(Mode))
-    for name, value in (("implant_ratio", implant_ratio), ("pairs", pairs)):
-        if not 0 <= value <= 1:
-            raise HapError(f"{name} is out of range", expected="a share in [0, 1]", got=repr(value))
+    protect, units = tuple(protect), None if units is None else tuple(units)
     if units is None and set(budget.limits) - {"latency"} == {"heads"}:
         units = ("head",)
-    protect, units = tuple(protect), None if units is None else tuple(units)
-    together = _together(sensitivity, mode, joint)
-    bounds = constraints(
+    bounds = checked(
         structure,
+        mode=mode,
+        implant_ratio=implant_ratio,
+        joint=joint,
+        pairs=pairs,
         floor=floor,
         minimum=minimum,
         maximum=maximum,
@@ -98,7 +96,9 @@ def decide(
         inexact=inexact,
         skipped=sensitivity.skipped,
     )
-    _check_prunable(structure, sensitivity, inexact)
+    together = mode == "optimal" and (sensitivity.gram is not None if joint == "auto" else joint)
+    if not (mode == "optimal" and implant_ratio and options):  # implants alone may meet the budget
+        _check_prunable(structure, sensitivity, inexact)
     cost = CostModel(structure, latency)
     check_measured(budget, cost.dense)
     if mode == "paper":
@@ -139,7 +139,19 @@ def decide(
     )
 
 
-def _together(sensitivity: Sensitivity, mode: Mode, joint: Joint) -> bool:
+def checked(
+    structure: Structure, *, mode: Mode, implant_ratio: float, joint: Joint, pairs: float = 0.5, **widths: Any
+) -> Constraints:
+    """The constraints of a plan, once every option of `decide` that needs no sensitivity has been found sound.
+
+    Raises:
+        HapError: an option is out of range, names nothing, or does not go with another.
+    """
+    if mode not in get_args(Mode):
+        raise unknown("mode", mode, get_args(Mode))
+    for name, value in (("implant_ratio", implant_ratio), ("pairs", pairs)):
+        if not 0 <= value <= 1:
+            raise HapError(f"{name} is out of range", expected="a share in [0, 1]", got=repr(value))
     if joint is True and mode == "paper":
         raise HapError(
             "the paper's rule ranks units one by one",
@@ -147,7 +159,7 @@ def _together(sensitivity: Sensitivity, mode: Mode, joint: Joint) -> bool:
             got="mode='paper'",
             remedy="leave joint out, or choose mode='optimal'",
         )
-    return mode == "optimal" and (sensitivity.gram is not None if joint == "auto" else joint)
+    return constraints(structure, **widths)
 
 
 def _predicted(choice: Choice, sensitivity: Sensitivity) -> float | None:

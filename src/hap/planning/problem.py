@@ -189,7 +189,7 @@ def _implantables(
         size = block(layer)
         filters = np.maximum(checked(sensitivity, sensitivity.filters, module, layer.filters), 0.0)
         rise = np.stack([filters * _undone(option, module, layer.filters) for option in usable])
-        owner = _owners(structure, layer, start)[::size]
+        owner = _owners(structure, bounds, layer, start)[::size]
         ones = (1,) * len(usable)
         yield Implantable(module, size, owner, usable, rise.reshape(len(usable), -1, size).sum(2), ones)
 
@@ -215,6 +215,7 @@ def _narrowable(
             continue
         owner = first[heads.family.name] + np.arange(heads.family.size)
         rise = np.stack([score[owner] * _undone(option, module, heads.family.size) for option in usable])
+        owner = owner if bounds.rooms[heads.family.name].most else np.full_like(owner, -1)
         yield Implantable(module, 1, owner, usable, rise, tuple(_parts(heads, option) for option in usable))
 
 
@@ -241,10 +242,12 @@ def _undone(option: Option, module: str, size: int) -> np.ndarray:
     return undone
 
 
-def _owners(structure: Structure, layer: Layer, start: np.ndarray) -> np.ndarray:
+def _owners(structure: Structure, bounds: Constraints, layer: Layer, start: np.ndarray) -> np.ndarray:
     """For each filter, the unit whose leaving takes it along; -1 for a filter that always stays."""
     owner = np.full(layer.filters, -1, dtype=np.int64)
     for family, first in zip(structure.families, start.tolist(), strict=False):
+        if not bounds.rooms[family.name].most:
+            continue
         for member in family.members:
             if (member.parameter, member.axis) == (layer.weight, layer.output_axis):
                 for unit, rows in enumerate(member.indices):
