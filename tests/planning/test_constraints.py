@@ -86,12 +86,10 @@ def test_a_share_is_neither_less_nor_more_than_it_says(structure) -> None:
     assert counts(structure, {"hidden": 0.3}, largest=False)["hidden"] == 3
 
 
-def test_a_largest_width_that_cannot_be_had(structure, caplog) -> None:
-    with pytest.raises(HapError, match="'inner' cannot become narrower"):
-        constraints(structure, protect=["inner"], maximum={"inner": 0.5})
+def test_a_largest_width_that_cannot_be_had_is_said(structure, caplog) -> None:
     with caplog.at_level("INFO"):
-        assert rooms(structure, protect=["inner"], maximum={"inn*": 0.5})["inner"] == Room(0, 0)
-    assert "inner stays as it is" in caplog.text
+        assert rooms(structure, protect=["inner"], maximum={"inn*": 0.5, "left": 3})["inner"] == Room(0, 0)
+    assert "stay wider than maximum" in caplog.text and caplog.text.rstrip().endswith(": inner")
 
 
 def test_families_without_scores_stay(structure, sensitivity) -> None:

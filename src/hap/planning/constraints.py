@@ -64,17 +64,22 @@ def constraints(
     units = None if units is None else tuple(units)
     protected = _protected(structure, protect) | _of_other_kinds(structure, units)
     low, high = _widths(structure, "minimum", minimum or {}), _widths(structure, "maximum", maximum or {})
-    kinds, rooms = units or get_args(Kind), {}
+    kinds, rooms, wider = units or get_args(Kind), {}, []
     for family in structure.families:
         stays = not (family.exact or inexact) or family.name in skipped or family.kind not in kinds
         if stays or _written_by(family) & protected:
             rooms[family.name] = Room(0, 0)
             if min([family.size, *high[family.name]]) < family.size:
-                _not_narrower(family, named=family.name in (maximum or {}))
+                wider.append(family.name)
         else:
             rooms[family.name] = _room(
                 family, max([floor, *low[family.name]]), min([family.size, *high[family.name]]), round_to
             )
+    if wider:
+        reasons = "protected, of another kind than units, not measured, or behind a normalisation"
+        log.info(
+            "families stay wider than maximum, as none of their units may leave (%s): %s", reasons, ", ".join(wider)
+        )
     return Constraints(rooms, protected, round_to)
 
 
@@ -96,19 +101,6 @@ def _room(family: Family, low: int, high: int, round_to: int) -> Room:
             remedy="raise maximum, or lower minimum, floor or round_to",
         )
     return Room(family.size - high, family.size - low)
-
-
-def _not_narrower(family: Family, *, named: bool) -> None:
-    """Says that a family has a largest width that it will not have: an error where it was `named` itself."""
-    if not named:
-        log.info("family %s stays as it is: no largest width makes it narrower", family.name)
-        return
-    raise HapError(
-        f"family {family.name!r} cannot become narrower",
-        expected="a largest width (maximum) of a family whose units may leave",
-        got="one that is protected, of another kind than units, not measured, or behind a normalisation",
-        remedy="leave it out of maximum, or loosen protect or units, or include inexact families",
-    )
 
 
 def _written_by(family: Family) -> set[str]:
