@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from curvature_records import Row, rounded
-from glue_setting import TRAINING, Setting
+from glue_setting import CALIBRATION, TRAINING, Setting
 from torch import nn
 
 import hap
@@ -27,6 +27,7 @@ class Contender:
             together, any share but 0 lets as many be replaced as pays.
         refit: solve the output projections anew, in closed form.
         draws: probes, where the criterion's default would take longer than the fine-tuning.
+        samples: training texts to measure on; None for those that implants are fitted on.
     """
 
     criterion: str
@@ -34,6 +35,7 @@ class Contender:
     implants: float = 0.0
     refit: bool = False
     draws: int | None = None
+    samples: int | None = None
 
 
 CONTENDERS = {
@@ -48,6 +50,10 @@ CONTENDERS = {
     "gate-ggn, joint": Contender("gate-ggn", joint=True),
     "gate-ggn, joint + refit": Contender("gate-ggn", joint=True, refit=True),
     "gate-ggn, joint + implants": Contender("gate-ggn", joint=True, implants=0.25),
+    "gate-fisher, joint + implants": Contender("gate-fisher", joint=True, implants=0.25, samples=2048),
+    "gate-fisher, joint + implants + refit": Contender(  # as `hap prune` does it unasked
+        "gate-fisher", joint=True, implants=0.25, refit=True, samples=2048
+    ),
 }
 
 
@@ -56,20 +62,21 @@ class Measured:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self._found: dict[tuple[str, bool], tuple[Sensitivity, float]] = {}
+        self._found: dict[tuple[str, bool, int | None], tuple[Sensitivity, float]] = {}
         self._options: dict[str, tuple[Option, ...]] | None = None
 
     def __call__(self, who: Contender) -> tuple[Sensitivity, float]:
         """The sensitivity, and the seconds that it took."""
-        key = (who.criterion, who.joint)
+        key = (who.criterion, who.joint, who.samples)
         if key not in self._found:
             setting, start = self.setting, time.perf_counter()
             found = hap.measure(
                 setting.model,
-                setting.calibration,
+                setting.calibration if who.samples is None else setting.texts(who.samples),
                 None,
                 setting.structure,
                 criterion=who.criterion,
+                samples=who.samples or CALIBRATION,
                 draws=who.draws,
                 seed=setting.seed,
                 gram=who.joint,

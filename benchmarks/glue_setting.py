@@ -18,7 +18,7 @@ from torch import nn
 
 import hap
 from hap import pretrained, zoo
-from hap.batches import Batch, arguments, take
+from hap.batches import Batch, arguments, device_of, take
 from hap.types import Structure
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,10 @@ class Setting:
     calibration: list[Batch]
     seed: int
     precision: str
+
+    def texts(self, samples: int) -> list[Batch]:
+        """So many training texts, beginning with those of `calibration`."""
+        return list(take(_sample(self.data, self.seed), samples, device_of(self.model)))
 
     def accelerator(self) -> accelerate.Accelerator:
         """What trains in this precision."""

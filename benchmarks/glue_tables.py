@@ -10,7 +10,13 @@ from curvature_records import Row, read
 
 NONE = "*not measured yet*"
 METRICS = {"glue/mrpc": ("accuracy", "f1"), "glue/sst2": ("accuracy",)}
-AGAINST = ("gate-ggn, joint", "gate-ggn, joint + implants", "gate-ggn, joint + refit", "gate-fisher", "hessian-trace")
+AGAINST = (
+    "gate-ggn, joint",
+    "gate-ggn, joint + implants",
+    "gate-fisher, joint + implants",
+    "gate-fisher",
+    "hessian-trace",
+)
 RIVAL = "head-gradient"
 
 

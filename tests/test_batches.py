@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hap.batches import evaluating, settled_
+from hap.batches import evaluating, settled_, take
+from hap.errors import HapError
 
 
 class Kept(nn.Module):
@@ -59,3 +60,10 @@ def test_a_cache_is_as_wide_as_the_model_is(model: nn.Module) -> None:
     model[2].scale.data = torch.ones(4)
     settled_(model)
     assert model[2].kept.shape == (4,)
+
+
+@pytest.mark.parametrize("samples", [0, -5])
+def test_a_number_of_samples_below_one_is_named(samples: int) -> None:
+    with pytest.raises(HapError, match="samples") as error:
+        list(take([(torch.zeros(4, 3), torch.zeros(4))], samples, torch.device("cpu")))
+    assert (error.value.expected, error.value.got) == ("a number of at least 1, or None for all", str(samples))

@@ -8,7 +8,7 @@ projection as a module, and takes the number of heads from its tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -123,6 +123,20 @@ def closed(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
         for name, module in model.named_modules(remove_duplicate=False)
         if name and type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     }
+
+
+def has_kernels(model: nn.Module) -> bool:
+    """Whether PyTorch has fused kernels for a part of the model, which read weights and sizes past the modules."""
+    return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())  # encoder layers have one
+
+
+def fusing(model: nn.Module, layers: Collection[nn.Module]) -> list[nn.TransformerEncoderLayer]:
+    """The encoder layers that would hand the weights of one of `layers` to their fused kernel.
+
+    It is not used where ``activation_relu_or_gelu`` is 0.
+    """
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return [encoder for encoder in encoders if any(module in layers for module in encoder.modules())]
 
 
 def nesting(model: nn.Module) -> list[nn.TransformerEncoder]:

@@ -181,8 +181,15 @@ def take(batches: Iterable[Batch] | None, samples: int | None, device: torch.dev
     """The first `samples` examples (None: all) on `device`, the last batch cut to fit.
 
     Raises:
-        HapError: there is no example at all.
+        HapError: there is no example at all, or `samples` is below 1.
     """
+    if samples is not None and samples < 1:
+        raise HapError(
+            "samples is out of range",
+            expected="a number of at least 1, or None for all",
+            got=repr(samples),
+            remedy="pass how many examples to read at most",
+        )
     left = samples
     seen = 0
     for batch in batches if batches is not None else ():

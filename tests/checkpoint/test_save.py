@@ -70,6 +70,24 @@ def test_modes_and_requires_grad_are_the_dense_models(dense, saved) -> None:
     assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["head.weight"]
 
 
+def test_a_dense_model_without_weights_is_filled(dense, small, saved, inputs) -> None:
+    """As it is built where memory is short: its weights do not matter."""
+    with torch.device("meta"):
+        empty = type(dense)().eval()
+    loaded, _ = hap.load(saved, empty)
+    assert torch.equal(loaded(inputs), small(inputs))
+    assert loaded.first.weight is loaded.second.weight
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in loaded.parameters())
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+
+
+def test_what_is_in_no_file_must_be_in_the_dense_model(dense, saved) -> None:
+    model = copy.deepcopy(dense)
+    model.norm.register_buffer("running_mean", model.norm.running_mean.to("meta"), persistent=False)
+    with pytest.raises(HapError, match="'norm.running_mean' has no values"):
+        hap.load(saved, model)
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
 def test_permissions_are_those_of_any_new_file(small, plan, tmp_path, umask) -> None:
     old = os.umask(umask)

@@ -195,3 +195,20 @@ def test_zeros_leave_the_gradient_of_the_last_factor(form, implant) -> None:
     module = implant(conv, [0, 1], name, rank, fitted)
     module(torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(0))).sum().backward()
     assert module.factors()[-1].grad.any()
+
+
+def test_zeros_need_no_fit(form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes are those of a fit; the factors are the same at every call."""
+    name, rank = form
+    conv = nn.Conv2d(4, 6, 3)
+    target = Target([0, 2, 5], range(4), form_of(name), rank)
+    fitted = from_weights(conv, target)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a fit")
+
+    monkeypatch.setattr(type(form_of(name)), "fit", refuse)
+    once, again = (from_weights(conv, target, zeros=True) for _ in range(2))
+    assert [f.shape for f in once.factors] == [f.shape for f in fitted.factors]
+    assert all(f.dtype == conv.weight.dtype for f in once.factors)
+    assert all(torch.equal(f, g) for f, g in zip(once.factors, again.factors, strict=True))

@@ -118,10 +118,27 @@ def test_is_called_by_the_keyword_of_the_layer(module, x) -> None:
 
 
 def test_answers_what_forward_passes_ask_a_layer_for(module) -> None:
-    assert any(module.weight is parameter for parameter in module.parameters())
+    layer = module.merged()
     if module.geometry.kernel:
-        assert (module.kernel_size, module.stride) == ((3, 3), (2, 2))
-        assert (module.padding, module.dilation, module.groups) == ((1, 1), (1, 1), module.geometry.groups)
+        names = ["kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"]
+        assert not hasattr(module, "in_features") and not hasattr(module, "out_features")
+    else:
+        names = ["in_features", "out_features"]
+        assert not hasattr(module, "in_channels") and not hasattr(module, "out_channels")
+    assert {name: getattr(module, name) for name in names} == {name: getattr(layer, name) for name in names}
+
+
+def test_no_weight_of_a_part_passes_for_that_of_the_whole(module, x) -> None:
+    """Kernels that take weights past the modules must not give numbers that look right."""
+    layer = module.merged()
+    assert (module.weight.shape, module.bias.shape) == (layer.weight.shape, layer.bias.shape)
+    assert (module.weight.dtype, module.weight.device) == (layer.weight.dtype, layer.weight.device)
+    assert (x.flatten()[0] * module.weight).isnan().all() and module.bias.isnan().all()
+    assert not {"weight", "bias"} & {name for name, _ in module.named_parameters()}
+
+
+def test_a_layer_without_a_bias_has_none(implant) -> None:
+    assert implant(nn.Linear(6, 6, bias=False), [4, 5], "low-rank", 2).bias is None
 
 
 def test_shows_its_form_and_whether_a_gather_is_left(implant) -> None:

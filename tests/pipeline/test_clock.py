@@ -11,6 +11,7 @@ from torch import nn
 
 import hap
 from hap.pipeline.clock import TRIES, by_the_clock, clock
+from hap.planning import Decision
 from hap.types import Budget, Cost
 
 
@@ -56,6 +57,15 @@ def test_a_plan_that_is_fast_enough_is_taken_as_it_is(plan: hap.Plan) -> None:
     found = by_the_clock(planner, GOAL, lambda _: 0.81)  # within the clock's own error
     assert planner.limits == [0.8]
     assert found.options["latency_measured"] == 0.81 and found.budget == GOAL
+
+
+def test_a_plan_that_changes_nothing_is_not_timed(plan: hap.Plan) -> None:
+    """The clock may say 1.03 of the same model."""
+    decisions = {name: Decision(tuple(range(8)), ()) for name in plan.decisions}
+    planner = Planner(dataclasses.replace(plan, decisions=decisions, small=plan.dense))
+    found = by_the_clock(planner, dataclasses.replace(GOAL, latency=1.0), lambda _: 1.03)
+    assert planner.limits == [1.0] and found.small.params == plan.dense.params
+    assert found.options["latency_measured"] == 1.0
 
 
 def test_the_limit_shrinks_by_what_the_clock_finds_too_much(plan: hap.Plan) -> None:

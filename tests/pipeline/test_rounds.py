@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 import hap
 from hap import zoo
 from hap.pipeline import Training, run
-from hap.pipeline.rounds import schedule
+from hap.pipeline.rounds import joined, schedule
 
 
 def test_each_round_keeps_the_same_share() -> None:
@@ -56,6 +57,19 @@ def test_implants_come_in_the_last_round(model: nn.Module, data: zoo.DataSplits,
         implant_ratio=0.5, samples=64,
     )  # fmt: skip
     assert done.result.plan.implants and done.result.plan.options["implant_ratio"] == 0.5
+
+
+def test_the_time_of_all_rounds_is_a_share_of_the_dense_model_s() -> None:
+    """Each round's clock ran against the model that this round was given."""
+    model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    whole = None
+    for limit, ratio in ((0.7, 0.9), (0.6, 0.8), (0.5, 0.75)):
+        structure = hap.trace(model, (torch.rand(2, 6),))
+        sensitivity = hap.measure(model, None, None, structure, criterion="magnitude")
+        plan = hap.decide(structure, sensitivity, hap.Budget(params=0.9), implant_ratio=0)
+        plan = dataclasses.replace(plan, options={**plan.options, "latency_measured": ratio})
+        model, whole = hap.apply(model, plan), joined(whole, plan, hap.Budget(latency=limit), 3)
+    assert whole is not None and whole.options["latency_measured"] == pytest.approx(0.9 * 0.8 * 0.75)
 
 
 def test_no_rounds_at_all_are_refused(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hap
 from hap import zoo
+from hap.planning.latency_table import Grid, LatencyTable
 
 INPUTS = torch.zeros(2, 3, 8, 8)
 Costs = Callable[[nn.Module, torch.Tensor], hap.types.Cost]
@@ -100,3 +101,21 @@ def real_cost() -> Costs:
         return hap.types.Cost(params, counter.get_total_flops() // (2 * len(inputs)))
 
     return count
+
+
+def slow_table(structure: hap.Structure, factor: float) -> LatencyTable:
+    """Layers take a millisecond for each of their filters' inputs, pointwise implants `factor` of that."""
+    layers, implants, joins = {}, {}, {}
+    for layer in structure.layers:
+        shape = structure.tensors[layer.weight].shape
+        rows, columns = [1, shape[layer.output_axis]], [1, shape[1 - layer.output_axis]]
+        layers[layer.module] = Grid(rows, columns, [[float(r * c) for c in columns] for r in rows])
+        grid = Grid(rows, columns, [[factor * r * c for c in columns] for r in rows])
+        implants[layer.module] = {("pointwise", None): grid}
+        joins[layer.module] = Grid(rows, [1], [[0.1], [0.1]])
+    return LatencyTable("nowhere", 1.0, layers, implants, joins)
+
+
+@pytest.fixture(scope="session")
+def slow_implants() -> Callable[[hap.Structure, float], LatencyTable]:
+    return slow_table

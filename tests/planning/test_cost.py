@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 import hap
 from hap.planning import CostModel, Decision, Implant, Plan
@@ -60,3 +63,27 @@ def test_cost_of_resnet20_is_the_literatures(resnet) -> None:
     dense = CostModel(resnet).dense
     assert dense.params == 269_722
     assert dense.macs == pytest.approx(40.6e6, rel=0.01)
+
+
+class Bare(nn.Module):
+    """Three weights, two of them in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(32, 8)), nn.Parameter(torch.ones(16, 32))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(F.linear(F.relu(F.linear(x, self.first)), self.second)))
+
+
+def test_all_weights_of_one_module_are_multiplied(real_cost) -> None:
+    model, x = Bare(), torch.zeros(2, 8)
+    assert CostModel(hap.trace(model, (x,))).dense == real_cost(model, x)
+
+
+def test_attention_with_a_weight_for_each_projection() -> None:
+    attention = nn.MultiheadAttention(16, 4, kdim=24, vdim=24, batch_first=True)
+    x, memory = torch.zeros(1, 5, 16), torch.zeros(1, 5, 24)
+    dense = CostModel(hap.trace(attention, (x, memory, memory))).dense
+    assert dense.macs == 5 * 16 * (16 + 24 + 24 + 16)

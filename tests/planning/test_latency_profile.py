@@ -147,22 +147,9 @@ def test_options_are_the_ways_to_time(structure) -> None:
     assert papers["back"] == (("pointwise", None),) and "pointwise" not in papers and "head" not in papers
 
 
-def slow_implants(structure: hap.Structure, factor: float) -> LatencyTable:
-    """Layers take a millisecond for each of their filters' inputs, pointwise implants `factor` of that."""
-    layers, implants, joins = {}, {}, {}
-    for layer in structure.layers:
-        shape = structure.tensors[layer.weight].shape
-        rows, columns = [1, shape[layer.output_axis]], [1, shape[1 - layer.output_axis]]
-        layers[layer.module] = Grid(rows, columns, [[float(r * c) for c in columns] for r in rows])
-        grid = Grid(rows, columns, [[factor * r * c for c in columns] for r in rows])
-        implants[layer.module] = {("pointwise", None): grid}
-        joins[layer.module] = Grid(rows, [1], [[0.1], [0.1]])
-    return LatencyTable("nowhere", 1.0, layers, implants, joins)
-
-
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("factor", [0.1, 0.9, 3.0, 1e6])
-def test_implants_do_not_make_the_model_slower(structure, sensitivity, factor, joint) -> None:
+def test_implants_do_not_make_the_model_slower(structure, sensitivity, slow_implants, factor, joint) -> None:
     """Also where a plan for parameters alone would; and a plan never loses more than one without implants."""
     given, table = sensitivity(structure), slow_implants(structure, factor)
     if joint:
@@ -194,6 +181,41 @@ def test_implants_do_not_make_the_model_slower(structure, sensitivity, factor, j
         )
     )
     assert bool(held.implants) == (factor < 1e6)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.9, 3.0, 1e6])
+def test_slow_implants_do_not_drive_units_out_by_the_paper_s_rule(
+    structure, sensitivity, slow_implants, factor
+) -> None:
+    """They are used where less leaves with them than without."""
+    table = slow_implants(structure, factor)
+    for seed, budget in enumerate(
+        [Budget(params=0.6, latency=1.0), Budget(latency=0.7), Budget(macs=0.5, latency=0.6)]
+    ):
+        given = sensitivity(structure, seed)
+        plan, alone = (decide(structure, given, budget, implant_ratio=ratio, latency=table) for ratio in (0.1, 0.0))
+        lost, alone_lost = (
+            sum(float(given.scores[name][list(d.prune)].sum()) for name, d in found.decisions.items())
+            for found in (plan, alone)
+        )
+        assert plan.small.latency <= budget.latency * plan.dense.latency
+        assert bool(plan.implants) == (lost < alone_lost), "implants are there to keep units"
+        assert factor != 0.1 or plan.implants
+        assert factor != 1e6 or not plan.implants
+
+
+def test_a_latency_that_cannot_be_had_says_what_can(structure, sensitivity, slow_implants) -> None:
+    """To ask for each part alone works; nothing above 1 is said, nor to allow what was allowed."""
+    given, table = sensitivity(structure), slow_implants(structure, 1e6)
+    for budget in (Budget(params=0.6, latency=0.01), Budget(params=0.001, latency=1.0)):
+        with pytest.raises(HapError, match="cannot be reached") as error:
+            decide(structure, given, budget, implant_ratio=0.3, latency=table)
+        lowest = {k: float(v) for k, v in (part.split(" kept >= ") for part in error.value.expected.split(", "))}
+        assert all(value <= 1 for value in lowest.values()) and "allow implants" not in error.value.remedy
+        for name in budget.limits:
+            decide(structure, given, Budget(**{name: lowest[name]}), implant_ratio=0.3, latency=table)
+    with pytest.raises(HapError, match="each part of it can, but not all of them at once"):
+        decide(structure, given, Budget(params=lowest["params"], latency=1.0), implant_ratio=0.3, latency=table)
 
 
 def by_hand(plan: hap.Plan, table: LatencyTable) -> float:
@@ -232,7 +254,7 @@ def test_the_cache_saves_measuring(net, structure, inputs, timed, tmp_path: Path
     assert timed
     timed.clear()
     again = time_layers(net, structure, (inputs,), cache=path)
-    assert not timed and again.scale == first.scale
+    assert not timed and again == first
     (device,) = json.loads(path.read_text())
     assert "torch" in device and first.device == device
     assert [p.name for p in path.parent.iterdir()] == ["latency.json"]
@@ -315,6 +337,66 @@ def test_the_cache_tells_models_apart_by_memory_format_and_inputs_by_dtype(timed
             timed.clear()
             time_layers(model.to(memory_format=memory), structure, (given,), cache=tmp_path / "latency.json")
             assert "dense" in timed
+
+
+def test_no_model_is_given_another_ones_time(timed, tmp_path: Path) -> None:
+    """The same tensors and inputs, but another stride: the model is timed again."""
+    x = torch.zeros(1, 3, 16, 16)
+    for stride in (1, 4):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=stride), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        timed.clear()
+        time_layers(model, hap.trace(model, (x,)), (x,), cache=tmp_path / "latency.json")
+        assert "dense" in timed
+
+
+class Adapted(nn.Linear):
+    """With two more weights."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.ones(3, inputs)), nn.Parameter(torch.ones(outputs, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
+def test_a_module_of_several_weights_is_timed_once(timed) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Adapted(8, 8)), torch.zeros(1, 4)
+    table = time_layers(model, hap.trace(model, (x,)), (x,))
+    assert table.layers["2"].at(8, 8) == pytest.approx((8 * 8 + 8) / 1000)
+
+
+class Three(nn.Conv2d):
+    """A constructor of its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+
+class Same(nn.Conv2d):
+    """Pads by itself, as timm's convolutions do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.pad(x, (2, 2, 2, 2)))
+
+
+def test_subclasses_of_convolutions_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's own kind, with inputs that give as many outputs."""
+    made = []
+
+    def count(models, args, **_):
+        made.extend((model.module, model()) for model in models.values())
+        return {name: Latency(0, 0, 0, 1, 1, least=1.0) for name in models}
+
+    monkeypatch.setattr(latency_profile, "measure_latency", count)
+    model, x = (
+        nn.Sequential(Three(3, 8), nn.ReLU(), Same(8, 4, 5), nn.ConvTranspose2d(4, 2, 2)),
+        torch.zeros(1, 3, 4, 4),
+    )
+    structure = hap.trace(model, (x,))
+    assert list(time_layers(model, structure, (x,)).layers) == [layer.module for layer in structure.layers]
+    shapes = {tuple(y.shape[2:]) for module, y in made if type(module) is nn.Conv2d}
+    assert shapes == {(4, 4)} and not any(isinstance(module, (Three, Same)) for module, _ in made)
 
 
 def test_what_was_timed_before_an_interruption_is_kept(net, structure, inputs, timed, tmp_path: Path) -> None:

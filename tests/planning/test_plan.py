@@ -159,7 +159,6 @@ def pruned_filter(data: dict[str, Any]) -> None:
         (no_such_unit, "does not name each of its units once"),
         (other_indices, "lies outside of"),
         (other_tensor, "does not match its fingerprint"),
-        (unknown_form, "unknown form 'quantum'"),
         (unknown_module, "nowhere"),
         (no_such_filter, "'back' has implants for filters that are pruned or that it has not"),
         (pruned_filter, "'inner' has implants for filters that are pruned or that it has not"),
@@ -173,6 +172,15 @@ def test_a_plan_that_contradicts_itself_is_refused(
     with pytest.raises(HapError, match="this plan is damaged") as error:
         Plan.from_json(json.dumps(data))
     assert message in error.value.got
+
+
+def test_a_form_that_nobody_registered_is_named(plan) -> None:
+    """The plan may be whole: forms of users' own are known only where their module was imported."""
+    data = json.loads(plan.to_json())
+    unknown_form(data)
+    with pytest.raises(HapError, match="'back' has an implant of form 'quantum'") as error:
+        Plan.from_json(json.dumps(data))
+    assert error.match("import the module that registers it")
 
 
 def test_a_budget_out_of_range_is_refused(plan) -> None:

@@ -57,14 +57,20 @@ def test_the_most_sensitive_share_of_the_first_n_is_implanted(chain, sensitivity
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("round_to", [1, 4])
-def test_cost_never_rises_with_n(structure, sensitivity, ratio, round_to) -> None:
-    """The bisection rests on this; rounding must not turn an implanted unit back into a full one."""
-    cost = CostModel(structure)
+def test_cost_never_rises_with_n(structure, sensitivity, slow_implants, ratio, round_to) -> None:
+    """The bisection rests on this; rounding must not turn an implanted unit back into a full one.
+
+    Time falls without implants, but not with slow ones.
+    """
+    cost = CostModel(structure, slow_implants(structure, 3.0))
+    rises = False
     for seed in range(3):
         rule = rule_for(structure, sensitivity, ratio=ratio, round_to=round_to, seed=seed)
         costs = [rule(n).cost(cost) for n in range(len(rule) + 1)]
         assert all(a.params >= b.params and a.macs >= b.macs for a, b in zip(costs, costs[1:], strict=False))
+        rises |= any(a.latency < b.latency for a, b in zip(costs, costs[1:], strict=False))
         assert costs[0] == cost.dense
+    assert rises == (ratio > 0)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import hap
-from hap.planning import CostModel, Decision, Plan
+from hap.planning import CostModel, Decision, Implant, Plan
 from hap.surgery import dense_config
 from hap.types import Structure
 
@@ -145,6 +145,30 @@ def test_torch_attention_is_a_narrow_one() -> None:
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.inference_mode():
         assert small(x, src_key_padding_mask=padding).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["linear1", "linear2", "self_attn.out_proj"])
+def test_a_torch_encoder_with_an_implant_runs_as_any_other(part: str, tmp_path) -> None:
+    """PyTorch's fused kernel would read the weights of the layer that the implant is in."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 20, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+    structure = hap.trace(model, (x,))
+    name = f"layers.0.{part}"
+    decisions = {family.name: Decision(tuple(range(family.size)), ()) for family in structure.families}
+    implants = {name: Implant(tuple(range(structure.layer(name).filters)), "low-rank", 2)}
+    cost = CostModel(structure)
+    plan = Plan(structure, decisions, implants, hap.Budget(params=1.0), "by hand", cost.dense, cost({}, implants))
+    small = hap.apply(model, plan)
+    assert hap.verify(model, small, plan, (x,)).ok
+    hap.save(small, plan, tmp_path / "run")
+    want = small(x).detach()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    padded = small(x, src_key_padding_mask=padding).detach()
+    with torch.no_grad():
+        for found in (small, copy.deepcopy(small), hap.load(tmp_path / "run", model)[0]):
+            torch.testing.assert_close(found(x), want)
+            torch.testing.assert_close(found(x, src_key_padding_mask=padding), padded)
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), want)
 
 
 def test_dense_numbers_come_from_the_structure(bert: nn.Module) -> None:

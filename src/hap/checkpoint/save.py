@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import nn
@@ -111,18 +112,22 @@ def load(directory: str | Path, model: nn.Module | None = None) -> tuple[nn.Modu
 
     Args:
         directory: what `save` wrote.
-        model: the dense model (its weights do not matter); left as it is. None for a model of `transformers`: it is
-            built from the configuration in the directory, on the CPU, in evaluation mode.
+        model: the dense model (its weights do not matter, and may be on the meta device); left as it is. None for a
+            model of `transformers`: it is built from the configuration in the directory, on the CPU, in evaluation
+            mode.
 
     Returns:
-        The pruned model, in the dense model's mode and on its device, and its plan.
+        The pruned model, in the dense model's mode and on its device (for meta: the CPU), and its plan.
 
     Raises:
-        HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan, or missing.
+        HapError: files are missing, damaged or foreign, or `model` is not the dense model of the plan, or missing; or
+            one of its buffers is on the meta device that is in no file.
     """
     directory = Path(directory)
     plan = read_plan(directory)
-    small = apply_(pretrained.rebuild(directory) if model is None else copied(model), plan, init="zeros")
+    dense = pretrained.rebuild(directory) if model is None else copied(model)
+    _allocate_(dense)
+    small = apply_(dense, plan, init="zeros")
     path = directory / MODEL
     try:
         missing, unexpected = _load(small, path)
@@ -141,6 +146,33 @@ def load(directory: str | Path, model: nn.Module | None = None) -> tuple[nn.Modu
             remedy=f"{MODEL} and {PLAN} must come from the same run",
         )
     return small, plan
+
+
+def _allocate_(model: nn.Module) -> None:
+    """Gives tensors on the meta device memory on the CPU, zeros until they are loaded; ties stay.
+
+    Raises:
+        HapError: a buffer that is not in the state of the model is among them.
+    """
+    new: dict[int, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if key in module._non_persistent_buffers_set:
+                    raise HapError(
+                        f"{'.'.join(filter(None, [name, key]))!r} has no values",
+                        expected="values in the dense model, since no checkpoint stores this buffer",
+                        got="a tensor on the meta device",
+                        remedy="build the dense model on the CPU",
+                    )
+                if id(tensor) not in new:
+                    zeros = torch.zeros_like(tensor, device="cpu")
+                    new[id(tensor)] = (
+                        nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+                    )
+                tensors[key] = new[id(tensor)]
 
 
 def _load(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:

@@ -103,11 +103,15 @@ def show(run: Run) -> None:
     pruned = ", ".join(f"{gone[kind]} of {there[kind]} {kind}s" for kind in there)
     implanted = sum(len(i.indices) for i in plan.filters.values())
     narrow = sum(len(i.indices) for _, i in plan.narrowed.values())
-    error = run.result.verification.max_relative_error
+    proof = run.result.verification
     smaller = {"filters implanted": implanted, "heads made narrow": narrow}
     replaced = ", ".join(f"{count} {what}" for what, count in smaller.items() if count) or "nothing implanted"
     console.print(f"pruned: {pruned}; {replaced} ({plan.criterion})")
-    console.print(f"verified: the small model is the gated dense model to {error:.1e} (float64)")
+    console.print(
+        f"verified: the small model is the gated dense model to {proof.max_relative_error:.1e} (float64)"
+        if proof.exact
+        else "not verified beyond sizes: a normalisation mixes units that left with others (inexact)"
+    )
     for number, found in enumerate(run.rounds, start=1):
         which = f"round {number}: " if len(run.rounds) > 1 else ""
         known = run.predicts_loss and found.predicted is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from hap.implants.form import Factors, Form
 from hap.implants.geometry import Dense, Geometry
 from hap.implants.moments import RIDGE, Moments
 from hap.implants.observe import Reading, dense_layer, observe
+from hap.types import Layer
 
 Init = Literal["least-squares", "weights", "zeros"]
 
@@ -49,13 +51,25 @@ def from_weights(layer: Dense, target: Target, *, zeros: bool = False) -> Fitted
     Args:
         layer: the dense layer.
         target: what to fit.
-        zeros: put zeros into the last factor, as the code of the paper does.
+        zeros: fit nothing, but put zeros into the last factor, as the code of the paper does; the others are random,
+            the same at every call, so that training can begin.
     """
+    if zeros:
+        bias = None if layer.bias is None else layer.bias.detach()[list(target.rows)]
+        return _fitted(layer, target, _silent(layer, target), bias)
     weight, bias = _rows(layer, target)
     factors = target.form.fit(Moments.white(weight), Geometry.of(layer), target.rank)
-    if zeros:
-        factors = (*factors[:-1], torch.zeros_like(factors[-1]))
     return _fitted(layer, target, factors, bias)
+
+
+def _silent(layer: Dense, target: Target) -> Factors:
+    """Factors of the right shapes that together give zeros, without a fit: weights may be loaded into them next."""
+    geometry = Geometry.of(layer)
+    record = Layer("", "weight", None, len(layer.weight), 0, geometry.kernel, geometry.groups, False, positions=1)
+    shapes = target.form.shapes(record, len(target.rows), len(target.columns), target.rank)
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, generator=generator) / prod(shape[1:]) ** 0.5 for shape in shapes[:-1]]
+    return tuple(factor.to(layer.weight.device) for factor in (*first, torch.zeros(shapes[-1])))
 
 
 def least_squares(model: nn.Module, targets: Mapping[str, Target], batches: Iterable[Batch]) -> dict[str, Fitted]:

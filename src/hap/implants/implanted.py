@@ -52,6 +52,9 @@ class Implanted(nn.Module):
         self.geometry = geometry
         self.implant_first = implant_first
         self.split = split
+        if dense is None:  # now, and not where it is asked for, in forward passes that are exported
+            sizes = tuple(torch.empty_like(factor, device="meta") for factor in self.factors())
+            self._read = form_of(form).dense(sizes, geometry, rank).shape[1]
         self.register_buffer("order", order)
         self.register_buffer("input_order", input_order)
 
@@ -70,12 +73,41 @@ class Implanted(nn.Module):
             one, two = x.tensor_split([self.split], dim=1)
         return torch.cat([first(one), second(two)], dim=self.geometry.channel_axis)
 
-    # Forward passes around a layer ask it for these: the weight's dtype and device, the stride.
+    # Code around a layer asks it for these: sizes, the weight's dtype and device, whether there is a bias.
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of one of the layers inside; it has not the shape of the whole."""
-        return self.layers()[-1].weight if self.dense is None else self.dense.weight
+        """NaN of the shape, dtype and device of the whole layer's weight: no tensor holds its values."""
+        return self._nan(self._rows(), self._columns(), *self.geometry.kernel)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """NaN of the shape, dtype and device of the whole layer's bias; None where it has none."""
+        return None if self.layers()[-1].bias is None else self._nan(self._rows())
+
+    @property
+    def in_channels(self) -> int:
+        """Of a convolution, as `torch.nn.Conv2d`; a linear layer has no such attribute."""
+        self._only(True, "in_channels")
+        return self._columns() * self.geometry.groups
+
+    @property
+    def out_channels(self) -> int:
+        """See `in_channels`."""
+        self._only(True, "out_channels")
+        return self._rows()
+
+    @property
+    def in_features(self) -> int:
+        """Of a linear layer, as `torch.nn.Linear`; a convolution has no such attribute."""
+        self._only(False, "in_features")
+        return self._columns()
+
+    @property
+    def out_features(self) -> int:
+        """See `in_features`."""
+        self._only(False, "out_features")
+        return self._rows()
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -101,6 +133,20 @@ class Implanted(nn.Module):
     def groups(self) -> int:
         """See `kernel_size`."""
         return self.geometry.groups
+
+    def _only(self, convolution: bool, name: str) -> None:
+        if bool(self.geometry.kernel) != convolution:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _rows(self) -> int:
+        return len(self.layers()[-1].weight) + (0 if self.dense is None else len(self.dense.weight))
+
+    def _columns(self) -> int:
+        """How many inputs each filter reads."""
+        return self._read if self.dense is None else self.dense.weight.shape[1]
+
+    def _nan(self, *shape: int) -> torch.Tensor:
+        return self.layers()[-1].weight.new_full((), torch.nan).expand(shape)
 
     def layers(self) -> list[Dense]:
         """The layers of the implant, in their order."""

@@ -54,7 +54,7 @@ def in_rounds(
 
     Returns:
         One result for the dense model: its structure, its sensitivity and one plan, with the last round's
-        verification; and what `train_` returned, round by round.
+        verification, which is exact if every round's is; and what `train_` returned, round by round.
     """
     results: list[Result] = []
     notes: list[T] = []
@@ -66,7 +66,8 @@ def in_rounds(
         notes.append(train_(results[-1].model, before, results[-1]))
     first, last = results[0], results[-1]
     assert whole is not None  # there is a round
-    return dataclasses.replace(first, model=last.model, plan=whole, verification=last.verification), tuple(notes)
+    proof = dataclasses.replace(last.verification, exact=all(result.verification.exact for result in results))
+    return dataclasses.replace(first, model=last.model, plan=whole, verification=proof), tuple(notes)
 
 
 def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: bool) -> dict[str, Any]:
@@ -82,9 +83,15 @@ def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: boo
 
 
 def joined(whole: Plan | None, plan: Plan, budget: Budget, rounds: int) -> Plan:
-    """One plan for the dense model: the rounds before, and the plan of this one, which met `budget`."""
+    """One plan for the dense model: the rounds before, and the plan of this one, which met `budget`.
+
+    Each round measured its time against the model that it was given: together they took the product.
+    """
+    options = {**plan.options, "iterations": rounds}
+    if whole is not None and "latency_measured" in options:
+        options["latency_measured"] = round(whole.options["latency_measured"] * options["latency_measured"], 3)
     plan = plan if whole is None else compose(whole, plan)
-    return dataclasses.replace(plan, budget=budget, options={**plan.options, "iterations": rounds})
+    return dataclasses.replace(plan, budget=budget, options=options)
 
 
 def _widths(whole: Plan, settings: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -41,7 +41,8 @@ class Result:
     verification: Verification
 
     def __repr__(self) -> str:
-        proof = f"verified to {self.verification.max_relative_error:.1e}"
+        found = self.verification
+        proof = f"verified to {found.max_relative_error:.1e}" if found.exact else "runs, inexact"
         return f"Result({type(self.model).__name__}, {self.plan}, {proof})"
 
 
@@ -177,10 +178,11 @@ def prune(
     small = apply(model, plan, data, samples=fit, progress=progress)
     verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
     if not verification.ok:
+        wanted = "a relative error of at most 1e-9" if verification.exact else "finite outputs of the dense shapes"
         raise HapError(
             "the pruned model does not compute what the plan promised",
-            expected=f"a relative error of at most 1e-9 and {verification.promised_params:,} parameters",
-            got=f"{verification.max_relative_error:.1e} and {verification.params:,}",
+            expected=f"{wanted} and {verification.promised_params:,} parameters",
+            got=f"an error of {verification.max_relative_error:.1e} and {verification.params:,}",
             remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
         )
     return Result(small, structure, sensitivity, plan, verification)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 from hap.errors import HapError
 from hap.types import Budget, Cost
@@ -18,10 +19,22 @@ def fractions(cost: Cost, dense: Cost) -> dict[str, float]:
     return found
 
 
-def used(cost: Cost, dense: Cost, budget: Budget) -> float:
-    """The largest share of a budget that is used; over 1 breaks it."""
+def used(cost: Cost, dense: Cost, limits: Mapping[str, float]) -> float:
+    """The largest share of these parts of a budget that is used; over 1 breaks it."""
     found = fractions(cost, dense)
-    return max(found[name] / limit for name, limit in budget.limits.items())
+    return max((found[name] / limit for name, limit in limits.items()), default=0.0)
+
+
+def lowest(costs: Iterable[Cost]) -> Cost:
+    """Of each quantity the least that one of these costs has."""
+    found = list(costs)
+    times = [cost.latency for cost in found if cost.latency is not None]
+    return Cost(
+        min(cost.params for cost in found),
+        min(cost.macs for cost in found),
+        min(times, default=None),
+        min(cost.heads for cost in found),
+    )
 
 
 def check_measured(budget: Budget, dense: Cost) -> None:
@@ -45,13 +58,22 @@ def check_measured(budget: Budget, dense: Cost) -> None:
         )
 
 
-def unreachable(lowest: Cost, dense: Cost, budget: Budget) -> HapError:
-    """The error where even the `lowest` cost breaks the budget."""
-    found = fractions(lowest, dense)
+def unreachable(least: Cost, dense: Cost, budget: Budget, *, implants: bool = False) -> HapError:
+    """The error where a budget is broken by all that was tried.
+
+    Args:
+        least: of each quantity, the least that was found.
+        dense: the dense model's.
+        budget: what was asked.
+        implants: whether they were tried too.
+    """
+    found = {name: min(value, 1.0) for name, value in fractions(least, dense).items()}  # the dense model is one of them
+    apart = all(found[name] <= limit for name, limit in budget.limits.items())
+    allow = "" if implants else "allow implants, "
     return HapError(
-        "the budget cannot be reached",
+        "the budget cannot be reached" + (": each part of it can, but not all of them at once" if apart else ""),
         # rounded up, so that to ask for what is written here works
-        expected=", ".join(f"{k} kept >= {math.ceil(v * 1e4) / 1e4:.4f}" for k, v in found.items()),
+        expected=", ".join(f"{k} kept >= {min(math.ceil(v * 1e4) / 1e4, 1.0):.4f}" for k, v in found.items()),
         got=", ".join(f"{k} {v}" for k, v in budget.limits.items()),
-        remedy="keep more, allow implants, loosen floor, minimum, protect or round_to, or include inexact families",
+        remedy=f"keep more, {allow}loosen floor, minimum, protect or round_to, or include inexact families",
     )

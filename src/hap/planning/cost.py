@@ -96,11 +96,11 @@ class CostModel:
                 place[layer.weight, layer.output_axis],
                 place[layer.weight, 1 - layer.output_axis],
             )
-            for layer in structure.layers
+            for layer in reversed(structure.layers)  # of a module that holds several the first, as `Structure.layer`
         }
         self._positions = np.zeros(len(shapes), dtype=np.int64)
-        for weight in self._weights.values():
-            self._positions[weight.tensor] = weight.layer.positions
+        for layer in structure.layers:
+            self._positions[tensor[layer.weight]] = layer.positions
         heads = {m.parameter for family in structure.families if family.kind == "head" for m in family.members}
         self._heads = np.array([name in heads and len(shape) > 1 for name, shape in shapes.items()], dtype=bool)
         self._latency = latency

@@ -63,14 +63,14 @@ def key(module: Dense, what: tuple[Any, ...], call: Call) -> str:
     settings: list[Any] = [type(module).__name__, *what, module.bias is not None]
     if isinstance(module, _ConvNd):
         settings += [module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode]
-        settings += [list(call.x.shape[:1]), list(call.x.shape[2:]), channels_last(call.x)]
+        settings += [list(call.x.shape[:1]), list(call.x.shape[2:]), list(call.y.shape[2:]), channels_last(call.x)]
     else:
         settings += [list(call.x.shape[:-1])]
     return json.dumps([*settings, str(module.weight.dtype)])
 
 
 def narrow(module: Dense, widths: Widths, call: Call) -> nn.Module:
-    """A layer of these widths."""
+    """A layer of these widths, of PyTorch's own kind: what else a subclass does counts as lying between the layers."""
     weight = module.weight
     options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta", "dtype": weight.dtype}
     if isinstance(module, nn.Linear):
@@ -78,10 +78,24 @@ def narrow(module: Dense, widths: Widths, call: Call) -> nn.Module:
     for name in ("stride", "padding", "dilation", "padding_mode"):
         options[name] = getattr(module, name)
     # a transposed weight holds all inputs, and of the outputs those of a group; the others the other way round
-    per_input, per_output = (1, widths.groups) if isinstance(module, _ConvTransposeNd) else (widths.groups, 1)
+    transposed = isinstance(module, _ConvTransposeNd)
+    per_input, per_output = (1, widths.groups) if transposed else (widths.groups, 1)
     inputs, outputs = widths.columns * per_input, widths.rows * per_output
-    new = type(module)(inputs, outputs, module.kernel_size, groups=widths.groups, **options)
-    return _timed(new, inputs, module, call)
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{len(module.kernel_size)}d")
+    new = kind(inputs, outputs, module.kernel_size, groups=widths.groups, **options)
+    return _timed(new, inputs, module, call if transposed else _padded(Geometry.of(module), call))
+
+
+def _padded(geometry: Geometry, call: Call) -> Call:
+    """The call with an input from which the layer's settings give as much: a subclass may pad more than they say."""
+    settings = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.pads(), strict=True)
+    needed = [
+        (count - 1) * stride + dilation * (kernel - 1) + 1 - before - after
+        for count, (kernel, stride, dilation, (before, after)) in zip(call.y.shape[2:], settings, strict=True)
+    ]
+    shape = (*call.x.shape[:2], *map(max, call.x.shape[2:], needed))
+    memory = torch.channels_last if channels_last(call.x) else torch.contiguous_format
+    return Call(torch.empty(shape, device="meta", memory_format=memory), call.y)
 
 
 def implant(module: Dense, layer: Layer, way: Way, widths: Widths, call: Call) -> nn.Module:

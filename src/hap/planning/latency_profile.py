@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ def time_layers(
         implants: for each layer (by module) the forms and ranks that its filters may be given (see `ways`); they
             are timed too.
         cache: a JSON file that keeps times by device, number of threads, version of PyTorch and the layer's geometry;
-            what it holds is not measured again. It is written after each layer.
+            what it holds is not measured again, so that the next table is the same. It is written after each layer.
         progress: shows the layers.
 
     Raises:
@@ -68,7 +69,8 @@ def time_layers(
     forms: dict[str, dict[Way, Grid]] = {}
     joins: dict[str, Grid] = {}
     afters: dict[str, Grid] = {}
-    for layer in progress(structure.layers, "timing layers", len(structure.layers)):
+    parts = _modules(structure)
+    for layer in progress(parts, "timing layers", len(parts)):
         ways = tuple((implants or {}).get(layer.module, ()))
         timed = [
             _Timing(model.get_submodule(layer.module), layer, structure, call, kept)  # type: ignore[arg-type]
@@ -82,8 +84,7 @@ def time_layers(
             joins[layer.module] = _sum([t.join() for t in timed])
         kept.write()
     whole = sum(grid.milliseconds[-1][-1] for grid in layers.values())
-    inputs = [(list(t.shape), str(t.dtype), channels_last(t)) for t in _tensors((args, kwargs))]
-    name = json.dumps(["model", structure.fingerprint, any(map(channels_last, model.parameters())), *inputs])
+    name = _name(model, structure, calls, _tensors((args, kwargs)))
     dense = kept.get(name)
     if dense is None:
         dense = measure_latency({"dense": Timed(model, args, dict(kwargs or {}))}, (), runs=30)["dense"].least
@@ -92,6 +93,19 @@ def time_layers(
     return LatencyTable(
         kept.device, min(dense / whole, 1.0), layers, forms, joins, _spread(max(dense - whole, 0.0), afters)
     )
+
+
+def _name(
+    model: nn.Module, structure: Structure, calls: Mapping[str, Sequence[Call]], inputs: Sequence[torch.Tensor]
+) -> str:
+    """What the whole model is called in the cache: its tensors and modules, its inputs, and how each layer is called.
+
+    The tensors do not tell strides, dilations and paddings; nor do they tell the sizes of what flows between.
+    """
+    layers = [key(model.get_submodule(name), (), call) for name in sorted(calls) for call in calls[name]]  # type: ignore[arg-type]
+    read = [(list(t.shape), str(t.dtype), channels_last(t)) for t in inputs]
+    parts = json.dumps([structure.fingerprint, any(map(channels_last, model.parameters())), read, layers])
+    return json.dumps(["model", hashlib.sha256(parts.encode()).hexdigest()])
 
 
 def ways(
@@ -105,7 +119,9 @@ def ways(
 
 def _check(structure: Structure, calls: Mapping[str, Sequence[Call]]) -> None:
     """Raises a HapError if what can be timed is not most of the model."""
-    macs = {x.module: x.positions * prod(structure.tensors[x.weight].shape) for x in structure.layers}
+    macs: dict[str, int] = {}
+    for x in structure.layers:
+        macs[x.module] = macs.get(x.module, 0) + x.positions * prod(structure.tensors[x.weight].shape)
     untimed = [name for name in macs if macs[name] and name not in calls]
     share = sum(macs[name] for name in untimed) / max(1, sum(macs.values()))
     if not calls or share > 1 / 2:
@@ -116,6 +132,11 @@ def _check(structure: Structure, calls: Mapping[str, Sequence[Call]]) -> None:
             got=f"{share:.0%} of them in other layers: {', '.join(untimed[:5])}{more}" if untimed else "no such layer",
             remedy="leave latency out of the budget (for the command line: --any-latency)",
         )
+
+
+def _modules(structure: Structure) -> list[Layer]:
+    """One layer of each module: where one holds several weights, the first, as `Structure.layer`."""
+    return [layer for layer in structure.layers if layer is structure.layer(layer.module)]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -137,7 +158,7 @@ def _calls(
 
     handles = [
         model.get_submodule(layer.module).register_forward_hook(note(layer.module), with_kwargs=True)
-        for layer in structure.layers
+        for layer in _modules(structure)
         if isinstance(model.get_submodule(layer.module), (_ConvNd, nn.Linear))
     ]
     try:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hap.planning.budget import unreachable
+from hap.planning.budget import lowest, unreachable
 from hap.planning.choice import Choice
 from hap.planning.cost import CostModel, Share
 from hap.planning.exchange import Exchange
@@ -76,10 +76,13 @@ def _lowest(problem: Problem, cost: CostModel, exchange: Exchange) -> State:
     for state in (bare, smallest):
         if exchange.fits(state):
             return state
+    tried = [bare, smallest]
     for state in (bare, smallest):  # implants save parameters, not always time
-        if exchange.shrink(state := state.copy()):
-            return state
-    raise unreachable(smallest.choice().cost(cost), cost.dense, exchange.scale.budget)
+        tried.append(state.copy())
+        if exchange.shrink(tried[-1]):
+            return tried[-1]
+    least = lowest(state.choice().cost(cost) for state in tried)
+    raise unreachable(least, cost.dense, exchange.scale.budget, implants=bool(problem.layers))
 
 
 def _bare(problem: Problem) -> State:

@@ -106,7 +106,8 @@ class Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-            HapError: the text is not a plan, or one of another schema version.
+            HapError: the text is not a plan, or one of another schema version, or names an implant form that nobody
+                has registered.
         """
         try:
             data = json.loads(text)
@@ -172,7 +173,7 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-    """Raises a ValueError or KeyError if the plan could not be replayed on its own structure."""
+    """Raises a ValueError or KeyError if the plan could not be replayed on its own structure, here a HapError."""
     structure, lost = plan.structure, set()
     for module, implant in plan.implants.items():
         if list(implant.indices) != sorted(set(implant.indices)):
@@ -194,7 +195,11 @@ def _check(plan: Plan) -> None:
     for module, implant in plan.filters.items():
         layer = structure.layer(module)
         if implant.form not in FORMS:
-            raise ValueError(f"{module!r} has an implant of unknown form {implant.form!r}")
+            raise HapError(
+                f"{module!r} has an implant of form {implant.form!r}, which is not known here",
+                expected=f"one of: {', '.join(sorted(FORMS))}",
+                remedy="import the module that registers it with hap.implants.register first; hap has no such form",
+            )
         left = {i for i in range(layer.filters) if (layer.weight, layer.output_axis, i) not in lost}
         if not left.issuperset(implant.indices):
             raise ValueError(f"{module!r} has implants for filters that are pruned or that it has not")

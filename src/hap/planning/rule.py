@@ -17,8 +17,8 @@ HALVES = 2  # narrow heads in the place of one
 class Rule:
     """The paper's rule as a function of n, the number of candidates that do not stay as they are.
 
-    A candidate only ever goes from kept to implanted to pruned as n grows, so that the cost falls
-    with n and the budget can be found by bisection.
+    A candidate only ever goes from kept to implanted to pruned as n grows, so that parameters and multiplications fall
+    with n. Time does too without implants; with them it may rise: an implanted layer can be slower than a full one.
     """
 
     def __init__(self, ranked: Candidates, implant_ratio: float, round_to: int) -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from hap.attention import OpenAttention, closed, nesting
+from hap.attention import OpenAttention, closed, fusing, nesting
 from hap.batches import Batch, copied, device_of, settled_, take
 from hap.errors import HapError, unknown
 from hap.implants import (
@@ -210,9 +210,15 @@ def _commit(
     for name, tensor in tensors.items():
         _set_data(current[name], tensor, undo)
     changed = {id(current[name]) for name in tensors}
-    attentions = {a for a in closed(model).values() if any(id(p) in changed for p in a.parameters())}
+    replaced = {model.get_submodule(name): new for name, new in implants.items()}
+    attentions = {
+        a for a in closed(model).values() if a.out_proj in replaced or any(id(p) in changed for p in a.parameters())
+    }
+    fused = fusing(model, replaced)
     _replace(model, {attention: OpenAttention(attention) for attention in attentions}, undo)
-    for encoder in nesting(model) if attentions else ():
+    for layer in fused:
+        _set_attribute(layer, "activation_relu_or_gelu", 0, undo)
+    for encoder in nesting(model) if attentions or fused else ():
         _set_attribute(encoder, "use_nested_tensor", False, undo)
     for module, kind in packed_types(model, plan):
         _set_attribute(module, "__class__", kind, undo)
@@ -221,7 +227,7 @@ def _commit(
         _set_attribute(config, attribute, value, undo)
     for module, attribute, value in mirrors(model, places.kept, structure.tensors, structure.attributes):
         _set_attribute(module, attribute, value, undo)
-    _replace(model, {model.get_submodule(name): new for name, new in implants.items()}, undo)
+    _replace(model, replaced, undo)
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module], undo: list[Callable[[], None]]) -> None:
