@@ -20,15 +20,13 @@ from torch import nn
 import hap
 from hap.batches import copied
 from hap.implants import Option
-from hap.pipeline.clock import by_the_clock, clock
+from hap.pipeline import clock
 from hap.planning import LatencyTable, Plan, time_layers, ways
 from hap.types import Sensitivity, Structure
 
 WIDTHS = "pruned, widths of 8"
 SLOWER = 1.1  # than the pruned network: what the plan with timed implants may be
 CONTENDERS = (WIDTHS, "implants", "implants, timed", "implants, merged where faster")
-
-
 BATCHES = {"resnet20": (1, 64), "resnet56": (1, 64), "resnet50": (1, 8)}
 
 
@@ -54,14 +52,14 @@ class Known:
 
 
 def measure(
-    records: Records, clock: Clock, data: Path, *, network: str, keep: Sequence[float], compiled: bool, seconds: float
+    records: Records, limit: Clock, data: Path, *, network: str, keep: Sequence[float], compiled: bool, seconds: float
 ) -> None:
     """A row for each budget, batch, format and with or without `torch.compile`."""
     known: Known | None = None
     for share in keep:
         for batch in BATCHES[network]:
             cases = [case for case in _cases(network, share, batch, compiled) if not records.has(**case)]
-            if not cases or clock.over():
+            if not cases or limit.over():
                 continue
             known = known or (_random() if network == "resnet50" else _trained(data, network))
             models, facts = _models(known, share, batch)
@@ -121,10 +119,10 @@ def _models(known: Known, share: float, batch: int) -> tuple[dict[str, nn.Module
     pruned = plan(macs, implants=False)
     plans = {"pruned": pruned, WIDTHS: plan(macs, implants=False, round_to=8)}
     if table is not None:
-        timed = clock(known.model, (known.images[:batch],), {})
+        timed = clock.clock(known.model, (known.images[:batch],), {})
         limits = hap.Budget(macs=share, latency=min(1.0, SLOWER * timed(pruned)))
         plans["implants"] = plan(macs, implants=True)
-        plans["implants, timed"] = by_the_clock(lambda within: plan(within, implants=True), limits, timed)
+        plans["implants, timed"] = clock.by_the_clock(lambda within: plan(within, implants=True), limits, timed)
     calibration = None if setting is None else setting.calibration(FIT)
     models = {name: hap.apply(known.model, found, calibration) for name, found in plans.items()}
     facts: Row = {"macs": {name: found.small.macs / found.dense.macs for name, found in plans.items()}}

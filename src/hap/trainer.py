@@ -17,7 +17,7 @@ from hap.checkpoint import write
 from hap.errors import HapError
 from hap.pipeline import prune
 from hap.pipeline.rounds import joined, repeatable, round_settings, schedule
-from hap.pipeline.stages import FIT, examples
+from hap.pipeline.stages import examples, fitted_on
 from hap.planning import Plan
 from hap.pretrained import transformers
 from hap.surgery import apply_, follow_
@@ -125,13 +125,12 @@ class PruningCallback(Base):
     def _prune(self, due: int, *, model: nn.Module, optimizer: Any, train_dataloader: Any, **_: Any) -> None:
         batches = self._batches if self._batches is not None else _calibration(train_dataloader, self._seed)
         data = list(take(batches, examples(**self._settings), device_of(model)))
-        given = self._settings.get("samples")
         settings = {**self._settings, **round_settings(self.plan, self._settings, last=due == len(self._at))}
         budget = self._budgets[due - 1]
         with _unwrapped(model):
             plan = prune(model, data, self._loss, budget, seed=self._seed, **settings).plan
             before = dict(model.named_parameters())
-            apply_(model, plan, data, samples=given if isinstance(given, int) else FIT)
+            apply_(model, plan, data, samples=fitted_on(self._settings.get("samples")))
         follow_(getattr(optimizer, "optimizer", optimizer), before, model, plan)  # Accelerate wraps it
         self.plan, self.done = joined(self.plan, plan, budget, due), due
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")

@@ -198,12 +198,17 @@ class Structure:
                 return family
         raise KeyError(name)
 
+    @cached_property
+    def by_module(self) -> dict[str, Layer]:
+        """The layer of each module; of one that holds several weights the first."""
+        found: dict[str, Layer] = {}
+        for layer in self.layers:
+            found.setdefault(layer.module, layer)
+        return found
+
     def layer(self, module: str) -> Layer:
         """The layer of the module called `module`."""
-        for layer in self.layers:
-            if layer.module == module:
-                return layer
-        raise KeyError(module)
+        return self.by_module[module]
 
 
 @dataclass(frozen=True, eq=False)

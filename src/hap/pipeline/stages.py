@@ -104,7 +104,7 @@ def prune(
     """
     ignore, protect, units = tuple(ignore), tuple(protect), None if units is None else tuple(units)
     most = examples(samples=samples, criterion=criterion, mode=mode, joint=joint)
-    fit = samples if isinstance(samples, int) else FIT
+    fit = fitted_on(samples)
     data = list(take(batches, most, device_of(model)))
     args, kwargs = arguments(data[0])
     structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
@@ -219,6 +219,11 @@ def examples(
     if samples is None:
         return TOGETHER if _together(criterion, mode, joint) else FIT
     return CAP if samples == "auto" else samples
+
+
+def fitted_on(samples: int | Literal["auto"] | None = None) -> int:
+    """How many of them implants, batch-norm statistics and refits are computed from."""
+    return samples if isinstance(samples, int) else FIT
 
 
 def _together(criterion: str | Criterion, mode: Mode, joint: Joint) -> bool:

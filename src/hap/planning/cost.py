@@ -90,13 +90,13 @@ class CostModel:
         self._sites = {name: self._site(heads, place) for name, heads in heads_of(structure).items()}
         tensor = {name: i for i, name in enumerate(shapes)}
         self._weights = {
-            layer.module: _Weight(
+            module: _Weight(
                 layer,
                 tensor[layer.weight],
                 place[layer.weight, layer.output_axis],
                 place[layer.weight, 1 - layer.output_axis],
             )
-            for layer in reversed(structure.layers)  # of a module that holds several the first, as `Structure.layer`
+            for module, layer in structure.by_module.items()
         }
         self._positions = np.zeros(len(shapes), dtype=np.int64)
         for layer in structure.layers:

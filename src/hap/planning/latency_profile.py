@@ -69,8 +69,7 @@ def time_layers(
     forms: dict[str, dict[Way, Grid]] = {}
     joins: dict[str, Grid] = {}
     afters: dict[str, Grid] = {}
-    parts = _modules(structure)
-    for layer in progress(parts, "timing layers", len(parts)):
+    for layer in progress(structure.by_module.values(), "timing layers", len(structure.by_module)):
         ways = tuple((implants or {}).get(layer.module, ()))
         timed = [
             _Timing(model.get_submodule(layer.module), layer, structure, call, kept)  # type: ignore[arg-type]
@@ -134,11 +133,6 @@ def _check(structure: Structure, calls: Mapping[str, Sequence[Call]]) -> None:
         )
 
 
-def _modules(structure: Structure) -> list[Layer]:
-    """One layer of each module: where one holds several weights, the first, as `Structure.layer`."""
-    return [layer for layer in structure.layers if layer is structure.layer(layer.module)]
-
-
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -157,9 +151,9 @@ def _calls(
         return hook
 
     handles = [
-        model.get_submodule(layer.module).register_forward_hook(note(layer.module), with_kwargs=True)
-        for layer in _modules(structure)
-        if isinstance(model.get_submodule(layer.module), (_ConvNd, nn.Linear))
+        model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+        for name in structure.by_module
+        if isinstance(model.get_submodule(name), (_ConvNd, nn.Linear))
     ]
     try:
         with evaluating(model), torch.inference_mode():

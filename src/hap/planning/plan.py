@@ -173,7 +173,7 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-    """Raises a ValueError or KeyError if the plan could not be replayed on its own structure, here a HapError."""
+    """Raises an error if the plan could not be replayed on its own structure."""
     structure, lost = plan.structure, set()
     for module, implant in plan.implants.items():
         if list(implant.indices) != sorted(set(implant.indices)):

@@ -169,8 +169,7 @@ def _implantables(
     options: Mapping[str, Sequence[Option]],
     start: np.ndarray,
 ) -> Iterator[Implantable]:
-    layers = {layer.module: layer for layer in structure.layers}
-    sites = heads_of(structure)
+    layers, sites = structure.by_module, heads_of(structure)
     in_heads = {module for name in options if name in sites for module in sites[name].modules}
     for module, found in options.items():
         if module in sites or module in in_heads:  # heads become narrow as a whole, or not at all
