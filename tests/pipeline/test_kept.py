@@ -11,6 +11,7 @@ from torch import nn
 
 import hap
 from hap import zoo
+from hap.pipeline import Training, run
 
 OPTIONS: dict[str, Any] = {"samples": 64, "seed": 3}
 
@@ -83,3 +84,29 @@ def test_other_data_or_another_loss_is_refused(model: nn.Module, data: zoo.DataS
 
     with pytest.raises(hap.HapError, match=r"does not fit this run[\s\S]*loss None, as there[\s\S]*own"):
         hap.prune(model, data.calibration, own, hap.Budget(params=0.5), state=tmp_path, **OPTIONS)
+
+
+def test_the_recovered_model_is_kept(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while fine-tuning and started again where sums have other last bits, it goes on from the same weights."""
+    options: dict[str, Any] = {"training": Training(epochs=1), "samples": 64}
+    budget, work = hap.Budget(params=0.5), tmp_path / "work"
+    work.mkdir()
+    alone = run(model, data, budget, tmp_path / "alone", **options)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hap.pipeline.experiment.finetune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, data, budget, tmp_path / "run", work=work, **options)
+    monkeypatch.setattr("hap.pipeline.experiment.refit_", lambda *_, **__: pytest.fail("refitted again"))
+    with pytest.raises(hap.HapError, match=r"does not fit this run[\s\S]*recover refit"):
+        run(model, data, budget, tmp_path / "run", work=work, recover="none", **options)
+    again = run(model, data, budget, tmp_path / "run", work=work, **options)
+    assert [found.as_cut for found in again.rounds] == [found.as_cut for found in alone.rounds]
+    assert [found.rise for found in again.rounds] == [found.rise for found in alone.rounds]
+    tensors = again.result.model.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in alone.result.model.state_dict().items())

@@ -18,6 +18,7 @@ from torch import nn
 from hap.batches import arguments, device_of, resized, to_device
 from hap.checkpoint import Origin, fresh_directory, refuse_existing
 from hap.errors import unknown
+from hap.pipeline.kept import recovered_
 from hap.pipeline.origin import origin
 from hap.pipeline.record import BATCH, Round, Run, compare, write_run
 from hap.pipeline.rounds import in_rounds, repeatable
@@ -114,13 +115,19 @@ def run(
     def train_(small: nn.Module, dense: nn.Module, result: Result) -> Round:
         """Recovers and fine-tunes, and notes how it went."""
         number = next(rounds_done)
-        with _timed(seconds, recover):
+
+        def recovered() -> list[Evaluation]:
             cut, whole = assessed(small, data.validation), assessed(dense, data.validation)
             if recover == "refit":
                 refit_(small, dense, result.plan, data.calibration, samples=512, progress=progress)
             elif recover == "recalibrate":
                 recalibrate_(small, data.calibration, samples=2048, progress=progress)
-            as_cut = assessed(small, data.validation)
+            return [cut, whole, assessed(small, data.validation)]
+
+        with _timed(seconds, recover):
+            cut, whole, as_cut = (
+                recovered() if work is None else recovered_(folder(number), {"recover": recover}, small, recovered)
+            )
         with _timed(seconds, "finetune"):
             history = finetune(
                 small,

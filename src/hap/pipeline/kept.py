@@ -1,25 +1,28 @@
-"""What an interrupted `prune` goes on from: the sensitivity and the plan that were made already."""
+"""What an interrupted run goes on from: the sensitivity, the plan and the recovered model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from hap.errors import HapError, need_same, unwritable
 from hap.pipeline.together import by_the_first, is_first
 from hap.planning import Plan
-from hap.types import Sensitivity
+from hap.types import Evaluation, Sensitivity
 
 log = logging.getLogger(__name__)
-SENSITIVITY, PLAN = "sensitivity.safetensors", "plan.json"
+SENSITIVITY, PLAN, RECOVERED = "sensitivity.safetensors", "plan.json", "recovered.safetensors"
 DIGESTS = ("data", "weights")
 TENSORS = ("scores", "stderr", "filters", "filters_stderr")
 
@@ -50,23 +53,77 @@ def once(folder: Path, run: Mapping[str, str], choose: Callable[[], Chosen]) -> 
     return sensitivity, plan
 
 
+def recovered_(
+    folder: Path, run: Mapping[str, str], small: nn.Module, recover: Callable[[], Sequence[Evaluation]]
+) -> list[Evaluation]:
+    """What `recover` does to a model and gives, from the folder if it has been there already.
+
+    The weights come from the file, and not from the same sums again: on another machine, or with another number of
+    threads, those have other last bits, and the state of a training is of one model only.
+
+    Args:
+        folder: exists.
+        run: what makes the recovery what it is.
+        small: the model that is recovered in place.
+        recover: what does that, and says how good the model was before and after.
+
+    Raises:
+        HapError: the file in the folder is damaged, or of another `run`.
+    """
+    path = folder / RECOVERED
+    if not by_the_first(path.exists):
+        found = recover()
+        if is_first():
+            evaluations = json.dumps([dataclasses.asdict(evaluation) for evaluation in found])
+            _save(_tensors(small), path, {"run": json.dumps(dict(run)), "evaluations": evaluations})
+        return list(found)
+    try:
+        tensors, header = _open(path)
+        there = dict(json.loads(header["run"]))
+        found = [Evaluation(**evaluation) for evaluation in json.loads(header["evaluations"])]
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise _refused(folder, f"{RECOVERED} as a run left it", str(error)) from error
+    need_same(there, run, partial(_refused, folder))
+    with torch.no_grad():
+        for name, tensor in _tensors(small).items():
+            if name in tensors and tensors[name].shape == tensor.shape:  # else a cache that a forward pass has grown
+                tensor.copy_(tensors[name])
+    log.info("going on with the model in %s", path)
+    return found
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
+    """Replaces the file at once."""
+    beside = path.with_name(f"{path.name}.tmp")
+    # Copied, because the format holds no two tensors that share memory.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, beside, metadata=header)
+        os.replace(beside, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise unwritable(path, error) from error
+
+
+def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a mapping)
+
+
 def _write(folder: Path, run: Mapping[str, str], sensitivity: Sensitivity, plan: Plan) -> None:
-    tensors = {
-        f"{kind}/{name}": tensor.contiguous().clone()  # the format holds no two tensors that share memory
-        for kind in TENSORS
-        for name, tensor in getattr(sensitivity, kind).items()
-    }
+    tensors = {f"{kind}/{name}": tensor for kind in TENSORS for name, tensor in getattr(sensitivity, kind).items()}
     about = {name: getattr(sensitivity, name) for name in ("criterion", "samples", "draws")}
     about["skipped"] = dict(sensitivity.skipped)
     text = json.dumps({"run": dict(run), "plan": plan.to_json()})
+    _save(tensors, folder / SENSITIVITY, {"about": json.dumps(about)})
     try:
-        beside = folder / f"{SENSITIVITY}.tmp"
-        save_file(tensors, beside, metadata={"about": json.dumps(about)})
-        os.replace(beside, folder / SENSITIVITY)
         beside = folder / f"{PLAN}.tmp"
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, folder / PLAN)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise unwritable(folder, error) from error
 
 
@@ -74,9 +131,8 @@ def _read(folder: Path, run: Mapping[str, str]) -> Chosen:
     try:
         stored = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         there, text = dict(stored["run"]), str(stored["plan"])
-        with safetensors.safe_open(folder / SENSITIVITY, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors, header = _open(folder / SENSITIVITY)
+        about = json.loads(header["about"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise _refused(folder, f"{PLAN} and {SENSITIVITY} as prune left them", str(error)) from error
     need_same(there, run, partial(_refused, folder), last=DIGESTS)  # a setting says more than a hash
