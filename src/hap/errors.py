@@ -77,13 +77,13 @@ def need_same(
             raise refused(f"{name} {there.get(name)}, as there", f"{name} {here.get(name)}")
 
 
-def missing(need: str, package: str, extra: str, error: ImportError) -> HapError:
+def missing(need: str, package: str, extra: str | None, error: ImportError) -> HapError:
     """The error for an optional package that is not installed.
 
     Args:
         need: who needs it, with the verb.
         package: its name.
-        extra: the extra of this library that brings it.
+        extra: the extra of this library that brings it; None if it is in none.
         error: what the import said.
 
     >>> print(missing("plots need", "matplotlib", "report", ImportError("No module named 'matplotlib'")))
@@ -94,9 +94,9 @@ def missing(need: str, package: str, extra: str, error: ImportError) -> HapError
     """
     return HapError(
         f"{need} the package {package!r}",
-        expected=f"an installation with the extra {extra!r}",
+        expected=f"an installation with the extra {extra!r}" if extra else "an installation",
         got=str(error),
-        remedy=f"pip install 'torch-hap[{extra}]'",
+        remedy=f"pip install 'torch-hap[{extra}]'" if extra else f"pip install {package}",
     )
 
 

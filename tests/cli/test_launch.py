@@ -58,3 +58,34 @@ def test_weights_and_biases_is_told_in_one_process(tmp_path: Path, monkeypatch: 
         assert log is not None
         log({"train/loss": 1.0}, 50)
     assert told == [{"out": str(tmp_path)}, (50, {"train/loss": 1.0})]
+
+
+def test_mlflow_writes_where_its_own_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place for artifacts would have to be text, and is none of ours to choose."""
+    told: list[Any] = []
+    mlflow = SimpleNamespace(
+        search_experiments=lambda **_: [],
+        create_experiment=lambda **given: told.append(given),
+        start_run=lambda **given: told.append(given["run_name"]),
+        set_experiment=lambda **_: None,
+        log_params=lambda values: told.append(values),
+        log_metrics=lambda values, step: told.append((step, values)),
+        end_run=lambda: told.append("end"),
+        utils=SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with launch.tracking("mlflow", tmp_path / "run", {"seed": 0}) as log:
+        assert log is not None
+        log({"train/loss": 1.0}, 50)
+    first, *rest = told
+    assert first["name"] == "hap" and first["artifact_location"] is None
+    assert rest == ["run", {"seed": 0}, (50, {"train/loss": 1.0}), "end"]
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("wandb", "pip install wandb"), ("tensorboard", r"torch-hap\[log\]")])
+def test_a_tracker_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(HapError, match=remedy), launch.tracking(name, tmp_path / "run", {}):
+        pass

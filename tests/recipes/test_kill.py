@@ -58,7 +58,9 @@ def undisturbed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seen", ["recipe.json", "dense", "round1/plan.json", "round1/recovered.*", "round1/finetune.*"])
+@pytest.mark.parametrize(
+    "seen", ["recipe.json", "dense", "round1/plan.json", "round1/recovered.*", "round1/finetune.*"]
+)
 def test_killed_and_resumed(recipe_file: Path, undisturbed: tuple[int, Path], tmp_path: Path, seen: str) -> None:
     """Killed as soon as a file is there, which is in the middle of what comes next."""
     ranks, whole = undisturbed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from hap.cli.jobs import Job, open_job
 from hap.cli.panels import MODEL, OUTPUT, TEACHER, TUNING, Data
 from hap.cli.screen import console, progress, warn
 from hap.errors import HapError
+from hap.pipeline import Training
 from hap.pipeline.origin import origin, untrained
 from hap.pipeline.together import is_first
 from hap.pretrained import is_pretrained, save_dense
@@ -29,17 +31,23 @@ def finetune(
     data: Data = None,
     task: Annotated[str | None, MODEL(help="For models of texts: glue/mrpc, glue/sst2, ...")] = None,
     max_length: Annotated[int | None, MODEL(help="The most tokens of a text; default: 128.")] = None,
-    batch_size: Annotated[int, MODEL(help="Examples in a batch of each process.")] = 32,
+    batch_size: Annotated[
+        int | None, MODEL(help="Examples in a batch of each process; default 128, of texts 32.")
+    ] = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split.")] = None,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
     device: Annotated[str, MODEL(help="auto, cpu, cuda or cuda:N.")] = "auto",
     epochs: Annotated[int, TUNING(help="Passes over the training data.")] = 2,
-    lr: Annotated[float, TUNING(help="Peak learning rate.")] = 5e-5,
-    optimizer: Annotated[str, TUNING(help="adamw or sgd.")] = "adamw",
+    lr: Annotated[
+        float | None,
+        TUNING(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw, 0.00005 for texts."),
+    ] = None,
+    optimizer: Annotated[str | None, TUNING(help="sgd or adamw; default sgd, for texts adamw.")] = None,
     schedule: Annotated[str, TUNING(help="cosine, step or constant.")] = "cosine",
     warmup: Annotated[float, TUNING(help="Fraction of all steps in which the learning rate rises.")] = 0.1,
-    weight_decay: Annotated[float, TUNING(help="Of matrices.")] = 0.01,
-    clip: Annotated[float, TUNING(help="Largest norm of the whole gradient.")] = 1.0,
+    weight_decay: Annotated[float | None, TUNING(help="Of matrices; default 0.0005, of texts 0.01.")] = None,
+    clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
+    ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
     label_smoothing: Annotated[float, TUNING(help="Share of each label that is spread over all classes.")] = 0.0,
     accumulate: Annotated[int, TUNING(help="Batches that make one step.")] = 1,
     precision: Annotated[str, TUNING(help="Of the forward pass: no (the weights' own), bf16 or fp16.")] = "no",
@@ -75,41 +83,44 @@ def finetune(
     }
     if bool(distill) != (teacher is not None):
         raise typer.BadParameter("give --distill and --teacher, or neither", param_hint="--distill")
+    training = Training.usual(
+        texts=task is not None,
+        epochs=epochs,
+        optimizer=optimizer,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        ema=ema,
+        label_smoothing=label_smoothing,
+        distill=distill,
+        temperature=temperature,
+        accumulate=accumulate,
+        precision=precision,
+        compile=compile,
+    )
     first = is_first()
     job = open_job(model, data, weights=weights, **opening)
     trained = job.model.to(target)
-    taught = None
+    known = None
     if teacher is not None:
         if first and untrained(teacher, teacher_weights, len(job.data.classes)):
             warn(f"--teacher {teacher} has random weights: give --teacher-weights, or a model that is trained")
         known = open_job(teacher, data, weights=teacher_weights, **opening).model.to(target)
-        taught = hap.Distillation(known, distill, temperature)
     if checkpointing:
         _checkpoint_gradients(trained)
-    options: dict[str, Any] = {
-        "epochs": epochs,
-        "lr": lr,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "label_smoothing": label_smoothing,
-        "accumulate": accumulate,
-        "precision": precision,
-        "compile": compile,
-        "seed": seed,
-    }
+    options = {**dataclasses.asdict(training), "seed": seed}
     with launch.tracking(log, out, {"model": model, "data": data, **options}) as told, progress() as bars:
         history = hap.finetune(
             trained,
             job.data.train,
             validation=job.data.validation,
-            distill=taught,
+            seed=seed,
             accelerator=accelerator,
             log=told,
             progress=bars if first else silent,
-            **options,
+            **training.options(known),
         )
         if not first:
             return
@@ -120,7 +131,7 @@ def finetune(
         "task": task,
         "data": data,
         "limit": limit,
-        "distill": {"teacher": teacher, "weight": distill, "temperature": temperature} if teacher else None,
+        "teacher": teacher,
         **options,
     }
     record = {"options": settings, "history": history.to_dict(), "test": vars(test)}

@@ -42,7 +42,7 @@ def open_job(
     *,
     weights: Path | None = None,
     task: str | None = None,
-    batch_size: int,
+    batch_size: int | None = None,
     seed: int,
     limit: int | None = None,
     validation: int | None = None,
@@ -55,10 +55,12 @@ def open_job(
 
     Args:
         data: None, of a task, for the directory that the environment names.
+        batch_size: None for 128 images or 32 texts.
 
     Raises:
         HapError: one of them cannot be opened, or they do not go together.
     """
+    batch_size = batch_size or (128 if task is None else 32)
     if task is None:
         if max_length is not None:
             raise HapError("images have no length in tokens", expected="--max-length with --task", got=str(max_length))

@@ -51,7 +51,8 @@ def tracking(name: str | None, out: Path, settings: Mapping[str, Any]) -> Iterat
 
     Args:
         name: one of `TRACKERS`.
-        out: the run directory. TensorBoard and MLflow write beside it, in ``logs``: ``tensorboard --logdir logs``.
+        out: the run directory. TensorBoard writes beside it, in ``logs``: ``tensorboard --logdir logs``. The others
+            write where they are told to by their own settings (``MLFLOW_TRACKING_URI``, ``WANDB_DIR``).
         settings: of the run, for the tracker's record.
 
     Raises:
@@ -68,15 +69,16 @@ def tracking(name: str | None, out: Path, settings: Mapping[str, Any]) -> Iterat
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     except ImportError as error:
         package = (error.name or name).partition(".")[0]
-        raise missing(f"--log-to {name} needs", package, "log", error) from error
+        extra = None if package in ("wandb", "mlflow") else "log"
+        raise missing(f"--log-to {name} needs", package, extra, error) from error
     PartialState()  # the trackers ask it who logs
-    kind, logs = LOGGER_TYPE_TO_CLASS[name], out.absolute().parent / "logs"
+    kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
-        tracker = kind(out.name, logs)
+        tracker = kind(out.name, out.absolute().parent / "logs")
     elif name == "wandb":
         tracker = kind("hap", name=out.name)
     else:
-        tracker = kind("hap", logging_dir=logs, run_name=out.name)
+        tracker = kind("hap", run_name=out.name)
     tracker.start()
     try:
         tracker.store_init_configuration({name: _plain(value) for name, value in settings.items()})

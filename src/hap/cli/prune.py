@@ -150,33 +150,45 @@ def prune(
     accelerator = launch.accelerator(sources.device(device))
     target = sources.device(device) if accelerator is None else accelerator.device
     first = is_first()
+    training = Training.usual(
+        texts=task is not None,
+        epochs=epochs,
+        optimizer=optimizer,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        clip=clip,
+        ema=ema,
+        label_smoothing=label_smoothing,
+        distill=distill,
+        temperature=temperature,
+        accumulate=accumulate,
+        precision=precision,
+        compile=compile,
+    )
+    job = open_job(
+        model,
+        data,
+        weights=weights,
+        task=task,
+        batch_size=batch_size,
+        seed=seed,
+        limit=limit,
+        workers=workers,
+        max_length=max_length,
+        device=target,
+    )
+    need_dense(job.plan, model)
+    if first and (note := untrained(model, weights, len(job.data.classes))):
+        warn(note)
     with launch.tracking(log, out, {"model": model, "data": data, "task": task}) as numbers, progress() as bars:
-        job = open_job(
-            model,
-            data,
-            weights=weights,
-            task=task,
-            batch_size=batch_size or (128 if task is None else 32),
-            seed=seed,
-            limit=limit,
-            workers=workers,
-            max_length=max_length,
-            device=target,
-        )
-        need_dense(job.plan, model)
-        if first and (note := untrained(model, weights, len(job.data.classes))):
-            warn(note)
-        given = {"epochs": epochs, "schedule": schedule, "warmup": warmup, "ema": ema}
-        given |= {"label_smoothing": label_smoothing, "distill": distill, "temperature": temperature}
-        given |= {"accumulate": accumulate, "precision": precision, "compile": compile}
-        chosen = {"optimizer": optimizer, "lr": lr, "clip": clip}
         done = run(
             job.model.to(target),
             job.data,
             budget,
             out,
             tokenizer=job.tokenizer,
-            training=_training(given, chosen, texts=task is not None),
+            training=training,
             iterations=iterations,
             recover=recover,  # type: ignore[arg-type]  # checked by run
             overwrite=overwrite,
@@ -209,14 +221,6 @@ def prune(
         )
     if first:
         show(done)
-
-
-TEXTS = {"optimizer": "adamw", "lr": 5e-5, "clip": 1.0, "weight_decay": 0.01}  # as BERT is fine-tuned
-
-
-def _training(given: dict[str, Any], chosen: dict[str, Any], *, texts: bool) -> Training:
-    """The options for training; what was not chosen is as usual for images or texts."""
-    return Training(**given, **{**(TEXTS if texts else {}), **{k: v for k, v in chosen.items() if v is not None}})
 
 
 def _kinds(units: str | None) -> list[str] | None:

@@ -76,11 +76,11 @@ def run(
     refuse_existing(place, overwrite)
     where = sources.device(device) if accelerator is None else accelerator.device
     first = is_first()
+    job = _open(what, where)
+    trained = what.dense.train is not None
+    if first and not trained and (note := untrained(what.model, what.dense.weights, len(job.data.classes))):
+        warn(note)
     with launch.tracking(log, place, {"recipe": str(recipe)}) as numbers, progress() as bars:
-        job = _open(what, where)
-        trained = what.dense.train is not None
-        if first and not trained and (note := untrained(what.model, what.dense.weights, len(job.data.classes))):
-            warn(note)
         done = recipes.execute(
             what,
             job.model.to(where),

@@ -13,6 +13,8 @@ from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Sched
 from hap.training.checks import check_names, check_numbers
 from hap.training.layout import CHOICES
 
+TEXTS = {"optimizer": "adamw", "lr": 5e-5, "clip": 1.0, "weight_decay": 0.01}  # as BERT is fine-tuned
+
 
 @dataclass(frozen=True)
 class Training:
@@ -53,6 +55,15 @@ class Training:
         numbers = "epochs", "momentum", "weight_decay", "warmup", "ema", "clip", "accumulate", "label_smoothing"
         given = {name: getattr(self, name) for name in (*numbers, "distill", "temperature")}
         check_numbers(**given, **({} if self.lr is None else {"lr": self.lr}))
+
+    @classmethod
+    def usual(cls, *, texts: bool, **given: Any) -> Training:
+        """What is None in `given` is as usual for images, or for texts.
+
+        >>> Training.usual(texts=True, lr=None, epochs=3).lr
+        5e-05
+        """
+        return cls(**{**(TEXTS if texts else {}), **{name: x for name, x in given.items() if x is not None}})
 
     def options(self, teacher: nn.Module | None = None) -> dict[str, Any]:
         """The keyword arguments of `hap.finetune`.
