@@ -124,6 +124,7 @@ def outcome(setting: Setting, small: nn.Module, epochs: int) -> Row:
     found: Row = {"epochs": epochs, "before": vars(hap.evaluate(small, data.test, metrics=data.metrics))}
     if epochs:
         options: dict[str, Any] = {**TRAINING, "epochs": epochs, "seed": setting.seed, "select": "last"}
+        data.train.load_state_dict({"epochs": 0})  # in the same order for every contender
         hap.finetune(small, data.train, accelerator=setting.accelerator(), **options)
         found["after"] = vars(hap.evaluate(small, data.test, metrics=data.metrics))
     return {**found, "seconds": rounded([time.perf_counter() - start])[0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -12,7 +12,6 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from curvature_records import Records, Row, read
 from curvature_setting import DATA, MODEL, RESULTS, Clock, Data, Minutes, Network, Results, Setting, load
@@ -211,16 +210,10 @@ def _row(task: Task, find: Contender, test: int, steps: int) -> Row:
     scored(refitted, "refitted")
     if steps:
         for key, start_from in (("tuned", small), ("refitted_tuned", refitted)):
-            hap.finetune(start_from, list(_train(setting, steps)), epochs=1, lr=0.01, seed=task.seed)
+            batches = islice(setting.splits.train.epoch(task.seed), steps)  # the same for every contender
+            hap.finetune(start_from, list(batches), epochs=1, lr=0.01, seed=task.seed)
             scored(start_from, key)
     return row
-
-
-def _train(setting: Setting, steps: int) -> Iterator[Batch]:
-    """The same training batches for every contender."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield from islice(iter(setting.splits.train), steps)
 
 
 COLUMNS = ("as_cut", "recalibrated", "refitted", "tuned", "refitted_tuned")
@@ -241,7 +234,7 @@ def table(rows: Sequence[Row], model: str) -> str:
     for of, share, name in sorted(keys, key=lambda k: (k[0] != "params", -k[1])):
         mine = [r for r in rows if (r.get("of"), r.get("keep"), r["contender"]) == (of, share, name)]
         cells = [f"{share:.0%} of {of}", name, f"{mean(r['implanted'] for r in mine):.0f}"]
-        cells += [_cell([100 * r[c] for r in mine if c in r]) for c in COLUMNS]
+        cells += [_cell([100 * x for x in {r["seed"]: r[c] for r in mine if c in r}.values()]) for c in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
