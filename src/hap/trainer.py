@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from hap.batches import Batch, Loss, device_of, take
-from hap.checkpoint import write
+from hap.checkpoint import PLAN, write
 from hap.errors import HapError
 from hap.pipeline import prune
 from hap.pipeline.rounds import joined, repeatable, round_settings, schedule
@@ -96,7 +96,7 @@ class PruningCallback(Base):
         self.plan: Plan | None = None
         self.done = 0
         self._budgets = schedule(budget, times)
-        self._at = [start + (end - start) * i / max(1, times - 1) for i in range(times)]
+        self._at = [start + (end - start) * i / (times - 1) for i in range(times - 1)] + [end if times > 1 else start]
         self._batches = batches
         self._loss = loss
         self._seed = seed
@@ -105,6 +105,8 @@ class PruningCallback(Base):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses what cannot work, and prunes if the schedule says so."""
         _check(args)
+        if state.global_step and self._due(state):
+            self._resume(Path(args.output_dir, f"checkpoint-{state.global_step}"), given["model"])
         self._prune_if_due(state, **given)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -117,8 +119,23 @@ class PruningCallback(Base):
             directory = f"{args.output_dir}/checkpoint-{state.global_step}"
             write(given["model"], self.plan, Path(directory), tokenizer=given.get("processing_class"))
 
+    def _due(self, state: Any) -> int:
+        """How many steps of the schedule should have been taken by now."""
+        return sum(fraction * state.max_steps <= state.global_step for fraction in self._at)
+
+    def _resume(self, checkpoint: Path, model: nn.Module) -> None:
+        """Takes up the plan that a run before has left: what it has pruned is not to be pruned again."""
+        try:
+            plan = Plan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise _resumed(f"no plan there: {error}", checkpoint) from error
+        params = sum(parameter.numel() for parameter in model.parameters())
+        if params != plan.small.params:
+            raise _resumed(f"a model of {params:,} parameters", checkpoint)
+        self.plan, self.done = plan, plan.options["iterations"]
+
     def _prune_if_due(self, state: Any, **given: Any) -> None:
-        due = sum(fraction * state.max_steps <= state.global_step for fraction in self._at)
+        due = self._due(state)
         if due > self.done:
             self._prune(due, **given)
 
@@ -134,6 +151,16 @@ class PruningCallback(Base):
         follow_(getattr(optimizer, "optimizer", optimizer), before, model, plan)  # Accelerate wraps it
         self.plan, self.done = joined(self.plan, plan, budget, due), due
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")
+
+
+def _resumed(got: str, checkpoint: Path) -> HapError:
+    return HapError(
+        "the training goes on after a pruning, and this model is not what was pruned",
+        expected=f"the model that hap.load opens from {checkpoint}",
+        got=got,
+        remedy=f"model, _ = hap.load({str(checkpoint)!r}, dense), with the dense model for the Trainer's; "
+        "or train from the start",
+    )
 
 
 def _check(args: Any) -> None:

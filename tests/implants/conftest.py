@@ -47,6 +47,12 @@ CASES = {
 }
 
 
+@pytest.fixture
+def every_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For oracles that fit on all positions."""
+    monkeypatch.setattr("hap.implants.sums.FEW", 1 << 30)
+
+
 @pytest.fixture(params=CASES)
 def conv(request: pytest.FixtureRequest) -> _ConvNd:
     """6 channels in and 6 out (12 where there are 3 groups), float64."""

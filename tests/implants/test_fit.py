@@ -13,6 +13,9 @@ from hap import HapError
 from hap.implants import Fitted, Geometry, Target, depthwise, form_of, from_weights, least_squares, regression
 
 
+pytestmark = pytest.mark.usefixtures("every_position")
+
+
 def rows_of(conv: _ConvNd) -> list[int]:
     """Some filters, not in order; whole groups of a grouped convolution."""
     if conv.groups == 1:

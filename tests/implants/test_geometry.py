@@ -19,6 +19,9 @@ def test_the_filters_times_the_views_are_the_outputs(conv, x) -> None:
         y = y + conv.bias.reshape(-1, *[1] * len(positions))
     torch.testing.assert_close(y, conv(x), rtol=1e-12, atol=1e-12)
     assert torch.equal(geometry.views(x, centre=True), views[:, :, [geometry.centre]])
+    some = torch.tensor([0, views[0, 0, 0].numel() - 1])
+    at = (..., *torch.unravel_index(some, positions))
+    assert torch.equal(geometry.views(x, at=at), views.flatten(3)[..., some])
 
 
 def test_a_linear_layer_has_one_tap() -> None:

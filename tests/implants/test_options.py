@@ -55,6 +55,7 @@ def activations(net: Net, data, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return found[0]
 
 
+@pytest.mark.usefixtures("every_position")
 def test_undone_is_what_the_fit_misses_of_the_variance(net, data, structure) -> None:
     """Written out: the variance of the residual over that of the output."""
     found = options(net.train(), structure, data)

@@ -151,7 +151,7 @@ def test_sums_keep_what_varies_little() -> None:
     for part in x.split(2):
         y = conv(part).detach()  # of the same values for both
         for dtype, total in sums.items():
-            total._add(part.to(dtype), y.to(dtype))
+            total._add(part.to(dtype), y.to(dtype), None)
     got, want = (total.moments() for total in sums.values())
     for name in ("xx", "xy", "yy", "x", "y"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-9, atol=0)
@@ -159,6 +159,23 @@ def test_sums_keep_what_varies_little() -> None:
     for name in ("xx", "xy", "yy"):
         scale = float(getattr(want, name).abs().max())
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=1e-6 * scale)
+
+
+def test_sums_of_many_positions_read_some() -> None:
+    """Others at each call, and inputs with the outputs that they make: filters are solved for to the last bits."""
+    conv = nn.Conv2d(3, 4, 3, padding=1, stride=2).double()
+    x = torch.randn(4, 3, 40, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = Sums("0", Geometry.of(conv), 4, range(4), range(3), centre=False, device=x.device)
+    places = [total._some(torch.Size([20, 25])) for total.count in (0, 1)]
+    assert not all(map(torch.equal, *(place[1:] for place in places))) and total._some(torch.Size([8, 8])) is None
+    total.count = 0
+    for part in x.split(2):
+        total.add(part, conv(part))
+    assert total.count == 4 * 64
+    found = total.moments().centred()
+    weight = conv.weight.detach().flatten(1)[None]
+    torch.testing.assert_close(found.solution(), weight, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.xx[0].diagonal(), torch.ones(27, dtype=torch.float64), rtol=0, atol=0.3)
 
 
 def test_a_pull_is_stronger_where_rounding_is() -> None:

@@ -280,7 +280,7 @@ def test_the_state_of_other_weights_or_data_is_refused(tmp_path: Path) -> None:
 
 def test_data_that_lost_its_generator_is_refused(tmp_path: Path) -> None:
     interrupted(tmp_path / "state", 7, shuffled(torch.Generator().manual_seed(1)))
-    with pytest.raises(HapError, match="data does not fit what is resumed"):
+    with pytest.raises(HapError, match="does not fit what is resumed"):
         finetune(network(), shuffled(), stopping(1000), state=tmp_path / "state", **OPTIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ RECORDS = ("plan.json", "finetune.json", "report.json")  # one of them is in eve
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
-    """Raises a HapError if `directory` exists and may not be replaced, or is no directory that hap has written."""
+    """Raises a HapError if nothing can be written at `directory`.
+
+    It exists and may not be replaced, or is no directory that hap has written, or its place cannot be written to.
+    """
     if directory.exists() and not directory.is_dir():
         raise HapError(f"{directory} is a file", expected="the path of a directory", remedy="choose another path")
     if directory.exists() and any(directory.iterdir()) and not overwrite:
@@ -24,6 +28,14 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
             remedy="choose another path, or pass --overwrite (overwrite=True)",
         )
     ours = any((directory / name).exists() for name in RECORDS)
+    place = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = (
+            PermissionError(errno.EACCES, "no permission")
+            if place.is_dir()
+            else NotADirectoryError(errno.ENOTDIR, "a file")
+        )
+        raise unwritable(directory, OSError(why.errno, f"{place}: {why.strerror}"))
     if overwrite and not ours and directory.exists() and any(directory.iterdir()):
         raise HapError(
             f"{directory} was not written by hap",

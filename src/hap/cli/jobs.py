@@ -60,7 +60,8 @@ def open_job(
     Raises:
         HapError: one of them cannot be opened, or they do not go together.
     """
-    batch_size = batch_size or (128 if task is None else 32)
+    if batch_size is None:
+        batch_size = 128 if task is None else 32
     if task is None:
         if max_length is not None:
             raise HapError("images have no length in tokens", expected="--max-length with --task", got=str(max_length))

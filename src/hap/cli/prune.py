@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hap.checkpoint import refuse_existing
 from hap.cli import launch, sources
 from hap.cli.jobs import need_dense, open_job
 from hap.cli.panels import BUDGET, LEAVES, METHOD, MODEL, OUTPUT, TUNING, Data
@@ -147,6 +148,7 @@ def prune(
         "minimum": _widths(min_width, "--min-width"),
         "maximum": _widths(max_width, "--max-width"),
     }
+    refuse_existing(out, overwrite)
     accelerator = launch.accelerator(sources.device(device))
     target = sources.device(device) if accelerator is None else accelerator.device
     first = is_first()

@@ -31,24 +31,30 @@ def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) 
     source, _, name = spec.rpartition(":")
     if source == "zoo":
         return zoo.build(name, weights=weights, classes=classes, seed=seed)
-    if source == "torchvision":
-        model = _torchvision(name, classes)
-    elif source == "timm":
-        model = _timm(name, classes, seed)
-    elif source == "hf":
+    if source == "hf":
         model = pretrained.load_image_classifier(name, classes, seed=seed)
-    elif source.endswith(".py"):
-        model = _from_file(Path(source), name)
     else:
-        raise HapError(
-            f"{spec!r} names no model",
-            expected=SPECS,
-            got=spec,
-            remedy=f"for example zoo:resnet20; the zoo has {', '.join(zoo.MODELS)}",
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = _built(spec, source, name, classes)
     if weights is not None:
         load_weights_(model, weights)
     return model
+
+
+def _built(spec: str, source: str, name: str, classes: int) -> nn.Module:
+    if source == "torchvision":
+        return _torchvision(name, classes)
+    if source == "timm":
+        return _timm(name, classes)
+    if source.endswith(".py"):
+        return _from_file(Path(source), name)
+    raise HapError(
+        f"{spec!r} names no model",
+        expected=SPECS,
+        got=spec,
+        remedy=f"for example zoo:resnet20; the zoo has {', '.join(zoo.MODELS)}",
+    )
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
@@ -61,16 +67,15 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=classes)
 
 
-def _timm(name: str, classes: int, seed: int) -> nn.Module:
+def _timm(name: str, classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise missing("timm:NAME needs", "timm", "models", error) from error
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return timm.create_model(name, num_classes=classes)
+    model: nn.Module = timm.create_model(name, num_classes=classes)
+    return model
 
 
 def _from_file(path: Path, function: str) -> nn.Module:

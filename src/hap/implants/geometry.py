@@ -131,17 +131,21 @@ class Geometry:
         """The same with another number of groups."""
         return replace(self, groups=groups)
 
-    def views(self, x: torch.Tensor, *, centre: bool = False) -> torch.Tensor:
+    def views(self, x: torch.Tensor, *, centre: bool = False, at: Any = None) -> torch.Tensor:
         """What the filters multiply: (N, inputs, taps, *positions), or ``taps = 1`` of the centre only.
 
         Strided views of the padded input, stacked; for a linear layer (N, inputs, 1, positions).
+
+        Args:
+            at: of a convolution, the index ``(..., rows, columns)`` of the outputs of interest: then one axis.
         """
         if not self.kernel:
             return x.reshape(len(x), -1, x.shape[-1]).movedim(-1, 1).unsqueeze(2)
         pads = [n for pair in reversed(self.pads()) for n in pair]
         x = F.pad(x, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode) if any(pads) else x
         places = list(itertools.product(*map(range, self.kernel)))
-        return torch.stack([self._tap(x, tap) for tap in (places[self.centre :][:1] if centre else places)], dim=2)
+        taps = (self._tap(x, tap) for tap in (places[self.centre :][:1] if centre else places))
+        return torch.stack([tap if at is None else tap[at] for tap in taps], dim=2)
 
     def _tap(self, x: torch.Tensor, tap: tuple[int, ...]) -> torch.Tensor:
         spans = []

@@ -6,6 +6,7 @@ The sums are about the means of the first piece: about zero, inputs that hardly 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from hap.implants.geometry import Geometry
 from hap.implants.moments import Moments
 
 CHUNK = 1 << 24  # elements of unfolded input held at a time
+FEW, SHARE = 64, 4  # of one example at most max(FEW, inputs / SHARE) positions: they are much alike
 
 
 class Sums:
@@ -58,13 +60,23 @@ class Sums:
         x, y = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))  # a half would overflow
         if not self.geometry.kernel:
             x, y = x.flatten(0, -2), y.flatten(0, -2)
-        outputs = y[0, 0].numel()
+        at = self._some(y.shape[2:])
+        outputs = y[0, 0].numel() if at is None else len(at[-1])
         step = max(1, CHUNK // max(1, outputs * self.xx.shape[0] * self.xx.shape[1]))
         for first in range(0, len(x), step):
-            self._add(x[first : first + step], y[first : first + step])
+            self._add(x[first : first + step], y[first : first + step], at)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        views = self.geometry.views(x, centre=self.centre)  # (N, inputs, taps, *positions)
+    def _some(self, shape: torch.Size) -> tuple[Any, ...] | None:
+        """An index of positions at random, others at each call; None for all, where there are few."""
+        most = max(FEW, (self.xx.shape[1] - 1) // SHARE)
+        if shape.numel() <= most:
+            return None
+        order = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(self.count))
+        return (..., *torch.unravel_index(order[:most].sort().values.to(self.xx.device), shape))
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, at: tuple[Any, ...] | None) -> None:
+        views = self.geometry.views(x, centre=self.centre, at=at)  # (N, inputs, taps, *positions)
+        y = y if at is None else y[at]
         n, groups, taps = len(views), len(self.groups), views.shape[2]
         u = views.reshape(n, self.geometry.groups, -1, taps, views[0, 0, 0].numel())
         u = u[:, self.groups][:, :, self.columns].permute(1, 2, 3, 0, 4).flatten(1, 2).flatten(2)

@@ -7,9 +7,7 @@ import dataclasses
 import itertools
 import logging
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,11 +22,12 @@ from hap.pipeline.record import BATCH, Round, Run, compare, write_run
 from hap.pipeline.rounds import in_rounds, repeatable
 from hap.pipeline.stages import Result, prune, step
 from hap.pipeline.steps import Steps
+from hap.pipeline.stopwatch import Stopwatch
 from hap.pipeline.together import by_the_first, is_first
 from hap.pipeline.training import Training
 from hap.planning import Latency, measure_latency
 from hap.planning.budget import fractions
-from hap.report import Target, reached
+from hap.report import Quantity, Target, reached
 from hap.surgery import refit_
 from hap.training import evaluate, finetune, recalibrate_
 from hap.types import Budget, Evaluation, Log, Progress, silent
@@ -102,12 +101,21 @@ def run(
     if recover not in get_args(Recover):
         raise unknown("recovery", recover, get_args(Recover))
     refuse_existing(out, overwrite)
+    for name in data.metrics:
+        if name not in get_args(Quantity):
+            raise unknown("metric", name, get_args(Quantity))
     settings = repeatable(settings)
     about = origin(options or {}, data, model)
-    seconds: dict[str, float] = dict(spent or {})
-
     steps = None if log is None else Steps(log)
     rounds_done = itertools.count(1)
+
+    def folder(number: int) -> Path:
+        assert work is not None
+        found = work / f"round{number}"
+        found.mkdir(exist_ok=True)
+        return found
+
+    timed = Stopwatch(None if work is None else folder)
 
     def assessed(found: nn.Module, split: Split, **more: Any) -> Evaluation:
         return evaluate(found, split, accelerator=accelerator, progress=progress, **more)
@@ -117,18 +125,22 @@ def run(
         number = next(rounds_done)
 
         def recovered() -> list[Evaluation]:
-            cut, whole = assessed(small, data.validation), assessed(dense, data.validation)
-            if recover == "refit":
-                refit_(small, dense, result.plan, data.calibration, samples=512, progress=progress)
-            elif recover == "recalibrate":
-                recalibrate_(small, data.calibration, samples=2048, progress=progress)
-            return [cut, whole, assessed(small, data.validation)]
+            with timed("evaluate", number):
+                cut, whole = assessed(small, data.validation), assessed(dense, data.validation)
+            if recover == "none":
+                return [cut, whole, cut]
+            with timed(recover, number):
+                if recover == "refit":
+                    refit_(small, dense, result.plan, data.calibration, samples=512, progress=progress)
+                else:
+                    recalibrate_(small, data.calibration, samples=2048, progress=progress)
+            with timed("evaluate", number):
+                return [cut, whole, assessed(small, data.validation)]
 
-        with _timed(seconds, recover):
-            cut, whole, as_cut = (
-                recovered() if work is None else recovered_(folder(number), {"recover": recover}, small, recovered)
-            )
-        with _timed(seconds, "finetune"):
+        cut, whole, as_cut = (
+            recovered() if work is None else recovered_(folder(number), {"recover": recover}, small, recovered)
+        )
+        with timed("finetune", number):
             history = finetune(
                 small,
                 _from_epoch(data.train, (number - 1) * training.epochs),
@@ -141,30 +153,26 @@ def run(
                 progress=progress,
                 **training.options(model),
             )
+        timed.at_least("finetune", number, sum(epoch.seconds for epoch in history.epochs))
         return Round(result.plan.small, result.plan.predicted, cut.loss - whole.loss, as_cut, history)
-
-    def folder(number: int) -> Path:
-        assert work is not None
-        found = work / f"round{number}"
-        found.mkdir(exist_ok=True)
-        return found
 
     cuts_done = itertools.count(1)
 
     def cut(dense: nn.Module, part: Budget, **more: Any) -> Result:
         number = next(cuts_done)
         kept = {} if work is None else {"state": folder(number)}
-        with _timed(seconds, "prune"):
+        with timed("prune", number):
             return prune(
                 dense, data.calibration, None, part, seed=seed, progress=progress, **{**settings, **kept, **more}
             )
 
     result, rounds = in_rounds(model, budget, iterations, cut, train_, **settings)
     small = result.model
-    with _timed(seconds, "evaluate"):
+    with timed("evaluate"):
         before = assessed(model, data.test, metrics=data.metrics)
         after = assessed(small, data.test, metrics=data.metrics)
         latency = by_the_first(lambda: _latency(model, small, data, progress))
+    seconds = timed.seconds(spent or {})
     comparison = compare(model, result, before, after, latency)
     found = reached(
         targets, (before.accuracy, after.accuracy), fractions(result.plan.small, result.plan.dense), rival=rival
@@ -204,15 +212,6 @@ def _summary(done: Run, after: Evaluation) -> dict[str, float]:
     numbers = {"loss": after.loss, "accuracy": after.accuracy, **after.metrics}
     times = {f"seconds/{stage}": spent for stage, spent in done.seconds.items()}
     return times | {f"test/{name}": value for name, value in numbers.items() if value is not None}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    spent = time.perf_counter() - start
-    seconds[stage] = seconds.get(stage, 0.0) + spent
-    logger.info("%s took %.1f s", stage, spent)
 
 
 def _latency(model: nn.Module, small: nn.Module, data: DataSplits, progress: Progress) -> dict[int, dict[str, Latency]]:

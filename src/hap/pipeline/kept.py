@@ -58,8 +58,8 @@ def recovered_(
 ) -> list[Evaluation]:
     """What `recover` does to a model and gives, from the folder if it has been there already.
 
-    The weights come from the file, and not from the same sums again: on another machine, or with another number of
-    threads, those have other last bits, and the state of a training is of one model only.
+    The weights come from the file, also those that were solved for just now, and in every process: on another machine,
+    or with another number of threads, the same sums have other last bits, and the state of a training is of one model.
 
     Args:
         folder: exists.
@@ -72,11 +72,9 @@ def recovered_(
     """
     path = folder / RECOVERED
     if not by_the_first(path.exists):
-        found = recover()
-        if is_first():
-            evaluations = json.dumps([dataclasses.asdict(evaluation) for evaluation in found])
-            _save(_tensors(small), path, {"run": json.dumps(dict(run)), "evaluations": evaluations})
-        return list(found)
+        evaluations = json.dumps([dataclasses.asdict(evaluation) for evaluation in recover()])
+        header = {"run": json.dumps(dict(run)), "evaluations": evaluations}
+        by_the_first(lambda: _save(_tensors(small), path, header))
     try:
         tensors, header = _open(path)
         there = dict(json.loads(header["run"]))

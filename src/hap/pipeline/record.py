@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,11 @@ from hap.checkpoint import Origin, stored_bytes, write
 from hap.curvature import CRITERIA
 from hap.pipeline.stages import Result
 from hap.planning import Latency, Plan, versions
-from hap.report import Comparison, Measured, Reached, sensitivity_plot, table, width_plot, write_json
+from hap.report import Comparison, Measured, Reached, has_plots, sensitivity_plot, table, width_plot, write_json
 from hap.training import History
 from hap.types import Cost, Evaluation
 
+logger = logging.getLogger(__name__)
 BATCH = 32  # examples in the larger input that is timed
 
 
@@ -135,8 +137,11 @@ def write_run(
     cost_rows = {"params", "macs"}  # the model card has these from the plan
     results = {row.label: row.cells()[1:3] for row in done.comparison.rows if row.quantity not in cost_rows}
     write(result.model, result.plan, directory, results=results, origin=origin, tokenizer=tokenizer)
-    sensitivity_plot(result.sensitivity, result.plan, directory / "sensitivity.png")
-    width_plot(result.plan, directory / "widths.png")
+    if has_plots():
+        sensitivity_plot(result.sensitivity, result.plan, directory / "sensitivity.png")
+        width_plot(result.plan, directory / "widths.png")
+    else:  # nothing of a long run is lost for want of a picture
+        logger.warning("no plots, for want of matplotlib: pip install 'torch-hap[report]'")
     write_json(directory / "report.json", _report(done, model, options))
 
 
@@ -184,10 +189,15 @@ def _report(done: Run, model: nn.Module, options: dict[str, Any]) -> dict[str, A
         },
         "seconds": done.seconds,
         "sensitivity": {
-            name: {"scores": score.tolist(), "stderr": sensitivity.stderr[name].tolist()}
+            name: {"scores": score.tolist(), "stderr": _finite(sensitivity.stderr[name])}
             for name, score in sensitivity.scores.items()
         },
     }
+
+
+def _finite(values: torch.Tensor) -> list[float | None]:
+    """None for what is not known: the standard errors of a single batch."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _round(found: Round) -> dict[str, Any]:

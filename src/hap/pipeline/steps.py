@@ -17,6 +17,9 @@ class Steps:
     10 {'dense/loss': 2.0}
     >>> steps.stage()({"loss": 1.0}, 5)
     15 {'loss': 1.0}
+    >>> steps.stage()({}, 100)  # a stage that was over before a kill tells how far it had come, and no more
+    >>> steps.stage()({"loss": 0.5}, 1)
+    116 {'loss': 0.5}
     """
 
     def __init__(self, log: Log) -> None:
@@ -29,6 +32,7 @@ class Steps:
 
         def tell(values: Mapping[str, float], step: int) -> None:
             self._last = max(self._last, start + step)
-            self._log({f"{prefix}{name}": value for name, value in values.items()}, start + step)
+            if values:
+                self._log({f"{prefix}{name}": value for name, value in values.items()}, start + step)
 
         return tell

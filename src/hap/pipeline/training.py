@@ -13,7 +13,11 @@ from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Sched
 from hap.training.checks import check_names, check_numbers
 from hap.training.layout import CHOICES
 
-TEXTS = {"optimizer": "adamw", "lr": 5e-5, "clip": 1.0, "weight_decay": 0.01}  # as BERT is fine-tuned
+
+def usual_of_texts(optimizer: str | None = None) -> dict[str, Any]:
+    """The options that models of texts are fine-tuned with, as BERT is; the learning rate is AdamW's alone."""
+    rate = {"lr": 5e-5} if optimizer in (None, "adamw") else {}
+    return {"optimizer": "adamw", "clip": 1.0, "weight_decay": 0.01, **rate}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Training:
         >>> Training.usual(texts=True, lr=None, epochs=3).lr
         5e-05
         """
-        return cls(**{**(TEXTS if texts else {}), **{name: x for name, x in given.items() if x is not None}})
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**(usual_of_texts(chosen.get("optimizer")) if texts else {}), **chosen})
 
     def options(self, teacher: nn.Module | None = None) -> dict[str, Any]:
         """The keyword arguments of `hap.finetune`.

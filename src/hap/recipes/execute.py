@@ -156,13 +156,17 @@ def _train_(
             progress=progress,
             **training.options(),
         )
-        record = {"history": history.to_dict(), "seconds": time.perf_counter() - start}
+        trained = sum(epoch.seconds for epoch in history.epochs)  # also before a kill
+        record = {"history": history.to_dict(), "seconds": max(trained, time.perf_counter() - start)}
         if work.first:
             with fresh_directory(work.dense) as staging:
                 _write(model, staging, tokenizer)
                 write_json(staging / HISTORY, record)
         if accelerator is not None:
             accelerator.wait_for_everyone()
+    elif steps is not None:  # what comes is counted after them
+        shared = -(-len(data.train) // (1 if accelerator is None else accelerator.num_processes))
+        steps.stage("dense/")({}, -(-shared // training.accumulate) * training.epochs)
     # From the file also what was trained just now: so that both are the same to the bit.
     load_model(model, work.dense / WEIGHTS, device=str(device_of(model)))
     logger.info("the dense model is in %s", work.dense)

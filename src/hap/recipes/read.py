@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 from hap.errors import HapError
+from hap.pipeline.training import usual_of_texts
 from hap.recipes.recipe import Recipe
 from hap.recipes.scale import scaled
 from hap.recipes.typed import placed, typed
+from hap.zoo import TASKS
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,10 +70,23 @@ def read(path: str | Path, settings: Iterable[str] = (), *, limit: int | None = 
     raw = _loaded(Path(path))
     try:
         if limit is not None:
-            raw = _with(raw, scaled(typed(Recipe, _with(raw, _settings(settings)), ""), limit))
-        return typed(Recipe, _with(raw, _settings(settings)), "")
+            raw = _with(raw, scaled(_recipe(_with(raw, _settings(settings))), limit))
+        return _recipe(_with(raw, _settings(settings)))
     except HapError as error:
         raise placed(error, str(path)) from error
+
+
+def _recipe(raw: dict[str, Any]) -> Recipe:
+    """Texts are trained on as usual for texts, but for what is said."""
+    data, dense = (raw.get(name) for name in ("data", "dense"))
+    if isinstance(data, Mapping) and data.get("name") in TASKS:
+        places = {"finetune": raw.get("finetune") or {}}
+        if isinstance(dense, Mapping):
+            places["dense.train"] = dense.get("train")
+        for place, given in places.items():
+            if isinstance(given, Mapping):  # what is none, its check refuses
+                raw = _with(raw, {place: {**usual_of_texts(given.get("optimizer")), **given}})
+    return typed(Recipe, raw, "")
 
 
 def _loaded(path: Path) -> dict[str, Any]:

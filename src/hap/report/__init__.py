@@ -1,6 +1,7 @@
 """What a user reads afterwards: tables, plots and files of results."""
 
 from hap.report.comparison import Comparison, Measured, Quantity, Row, markdown, table
+from hap.report.figures import has_plots
 from hap.report.files import write_json
 from hap.report.sensitivities import Spectrum, sensitivity_plot, spectrum
 from hap.report.targets import Aim, Reached, Target, reached
@@ -16,6 +17,7 @@ __all__ = [
     "Row",
     "Spectrum",
     "Target",
+    "has_plots",
     "markdown",
     "reached",
     "sensitivity_plot",

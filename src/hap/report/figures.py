@@ -18,6 +18,15 @@ Tier = Literal["keep", "implant", "prune"]
 COLOURS: dict[Tier, str] = {"keep": "#0072B2", "implant": "#E69F00", "prune": "#4D4D4D"}
 
 
+def has_plots() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches.
 

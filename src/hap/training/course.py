@@ -83,6 +83,7 @@ class Course:
         tensors, about = found
         at, now = unpack_(tensors, about, self.model, self.loop)
         self.kept = unpacked_best(tensors, self.model)
+        self._tell({}, at.steps)  # whoever counts the steps of several runs has to know
         return at, now
 
     def _train(self, at: Progressed, now: Randomness | None, number: int) -> None:
@@ -91,6 +92,8 @@ class Course:
         if now is not None:  # what has been read is read again as it was
             at.began.set(self.model, self.loop.batches)
         if not at.batches:
+            # Processes draw unlike numbers (dropout of unlike batches); what is shuffled must be the same for all.
+            torch.set_rng_state(self.loop.devices.gather(torch.get_rng_state())[0])
             at.lr, at.began = self.loop.lr, Randomness.now(self.model, self.loop.batches)
         at.meter.where = f"{name} with lr={at.lr:g}"
         stream = self.loop.stream(name)

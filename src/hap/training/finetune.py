@@ -99,7 +99,8 @@ def finetune(
             name; where they are more than two, sums may be in another order after a kill.
         save_every: seconds between two saves.
         log: called with numbers by name and the step, every 50 steps and after each epoch; for example
-            ``Accelerator.log``. Of several processes the first calls it.
+            ``Accelerator.log``. Of several processes the first calls it. A run that goes on says with no numbers at
+            which step.
         progress: shows how far it is.
 
     Raises:

@@ -62,15 +62,15 @@ class Randomness:
         generators, states = _generators(batches), rest[len(gpus) :]
         if len(generators) != len(states):
             raise HapError(
-                "the data does not fit what is resumed",
-                expected=f"{len(states)} random generators, as the data had when it was saved",
-                got=f"{len(generators)}",
-                remedy="give the data as it was, or begin anew",
+                "the data, or the device, does not fit what is resumed",
+                expected=f"{len(self.states)} random generators of CPU, GPUs and data, as there were when it was saved",
+                got=f"{1 + len(gpus) + len(generators)}",
+                remedy="give the data as it was, on the same kind of device, or begin anew",
             )
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         if self.data is not None:
-            batches.load_state_dict(self.data)
+            getattr(batches, "base_dataloader", batches).load_state_dict(self.data)
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
@@ -82,5 +82,6 @@ def _generators(batches: Any) -> list[torch.Generator]:
 
 
 def _data_state(batches: Any) -> Any:
+    batches = getattr(batches, "base_dataloader", batches)  # Accelerate's have these methods, but not for every loader
     take, give = (getattr(batches, name, None) for name in ("state_dict", "load_state_dict"))
     return take() if take is not None and give is not None else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -47,6 +49,7 @@ class Saved:
         if not every >= 0:
             raise HapError("save_every is out of range", expected="seconds, 0 or more", got=str(every))
         rank, world = devices.rank, devices.world
+        _need_as_many(path, world)
         self.path = path if world == 1 else path.with_name(f"{path.name}.{rank}-of-{world}")
         self._next = self.path.with_name(f"{self.path.name}.next")
         self._run = dict(run)
@@ -97,6 +100,14 @@ class Saved:
         need_same(json.loads(header["run"]), self._run, partial(refused, path))
         steps, epochs = json.loads(header["step"])
         return steps, epochs
+
+
+def _need_as_many(path: Path, world: int) -> None:
+    """Refuses the files of another number of processes: nothing could be taken from them."""
+    for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+        found = re.fullmatch(r"(?:\.\d+-of-(\d+))?(?:\.next)?", file.name[len(path.name) :])
+        if found and int(found[1] or 1) != world:
+            raise refused(path, f"{found[1] or 1} processes, as there", str(world))
 
 
 def _opened(path: Path, *, only_header: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
