@@ -35,6 +35,7 @@ def finetune(
         int | None, MODEL(help="Examples in a batch of each process; default 128, of texts 32.")
     ] = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split.")] = None,
+    workers: Annotated[int, MODEL(help="Processes that read the images of folders; 0: none.")] = 0,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
     device: Annotated[str, MODEL(help="auto, cpu, cuda or cuda:N.")] = "auto",
     epochs: Annotated[int, TUNING(help="Passes over the training data.")] = 2,
@@ -78,6 +79,7 @@ def finetune(
         "batch_size": batch_size,
         "seed": seed,
         "limit": limit,
+        "workers": workers,
         "max_length": max_length,
         "device": target,
     }
@@ -99,6 +101,7 @@ def finetune(
         accumulate=accumulate,
         precision=precision,
         compile=compile,
+        select="best",
     )
     first = is_first()
     job = open_job(model, data, weights=weights, **opening)

@@ -114,11 +114,15 @@ def prune(
     optimizer: Annotated[str | None, TUNING(help="sgd or adamw; default sgd, for texts adamw.")] = None,
     schedule: Annotated[str, TUNING(help="cosine, step or constant.")] = "cosine",
     warmup: Annotated[float, TUNING(help="Fraction of all steps in which the learning rate rises.")] = 0.0,
+    weight_decay: Annotated[float | None, TUNING(help="Of matrices; default 0.0005, of texts 0.01.")] = None,
     clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
     ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
     label_smoothing: Annotated[
         float, TUNING(help="Share of each label that is spread over all classes in training.")
     ] = 0.0,
+    select: Annotated[
+        str, TUNING(help="last: the last weights; best: those of the epoch that is best in validation.")
+    ] = "last",
     distill: Annotated[
         float, TUNING(help="Weight of the dense model's outputs in the training loss, from 0 to 1.")
     ] = 0.0,
@@ -159,6 +163,7 @@ def prune(
         lr=lr,
         schedule=schedule,
         warmup=warmup,
+        weight_decay=weight_decay,
         clip=clip,
         ema=ema,
         label_smoothing=label_smoothing,
@@ -167,6 +172,7 @@ def prune(
         accumulate=accumulate,
         precision=precision,
         compile=compile,
+        select=select,
     )
     job = open_job(
         model,

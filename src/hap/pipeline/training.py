@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from hap.errors import HapError
-from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Schedule
+from hap.training import ChannelsLast, Distillation, Optimizer, Precision, Schedule, Select
 from hap.training.checks import check_names, check_numbers
 from hap.training.layout import CHOICES
 
@@ -22,9 +22,12 @@ def usual_of_texts(optimizer: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Training:
-    """How to fine-tune; the fields are those of `hap.finetune`, but for two.
+    """How to fine-tune; the fields are those of `hap.finetune`, and two more.
 
     Attributes:
+        select: the last weights, or the best in validation. Validation examples are often cut from those that the dense
+            model was trained on: to it, and to what is nearest to it, they look easier than they are, and the best
+            are then the weights that the training began with.
         distill: the weight of the dense model's outputs in the loss, in [0, 1]; 0 learns from the labels alone.
         temperature: of the distillation.
 
@@ -45,6 +48,7 @@ class Training:
     label_smoothing: float = 0.0
     distill: float = 0.0
     temperature: float = 2.0
+    select: Select = "last"
     precision: Precision = "no"
     channels_last: ChannelsLast = "auto"
     compile: bool = False
@@ -53,6 +57,7 @@ class Training:
         check_names(
             ("optimizer", self.optimizer, get_args(Optimizer)),
             ("schedule", self.schedule, get_args(Schedule)),
+            ("selection", self.select, get_args(Select)),
             ("precision", self.precision, get_args(Precision)),
             ("order in memory channels_last", str(self.channels_last), CHOICES),
         )

@@ -1,5 +1,6 @@
 """Fine-tuning, evaluation, and batch-norm statistics."""
 
+from hap.training.course import Select
 from hap.training.evaluate import evaluate
 from hap.training.finetune import finetune
 from hap.training.history import EpochRecord, History
@@ -18,6 +19,7 @@ __all__ = [
     "Optimizer",
     "Precision",
     "Schedule",
+    "Select",
     "evaluate",
     "finetune",
     "recalibrate_",
