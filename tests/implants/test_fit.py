@@ -12,7 +12,6 @@ from torch.nn.modules.conv import _ConvNd
 from hap import HapError
 from hap.implants import Fitted, Geometry, Target, depthwise, form_of, from_weights, least_squares, regression
 
-
 pytestmark = pytest.mark.usefixtures("every_position")
 
 

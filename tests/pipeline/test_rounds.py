@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 import hap
 from hap import zoo
 from hap.pipeline import Training, run
-from hap.pipeline.rounds import joined, schedule
+from hap.pipeline.rounds import in_rounds, joined, schedule
+from hap.planning import compose
 
 
 def test_each_round_keeps_the_same_share() -> None:
@@ -76,3 +78,67 @@ def test_no_rounds_at_all_are_refused(model: nn.Module, data: zoo.DataSplits, tm
     with pytest.raises(hap.HapError, match="iterations is out of range"):
         run(model, data, hap.Budget(params=0.5), tmp_path / "run", iterations=0)
     assert not list(tmp_path.iterdir())
+
+
+def tiny_bert(hidden: int) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, vocab_size=40
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config).eval()
+    tokens = torch.arange(16 * 7).view(16, 7) * 11 % 38 + 2
+    return model, [{"input_ids": tokens, "labels": torch.arange(16) % 2}]
+
+
+def rounds_of_heads(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], share: float, times: int, **settings: Any
+) -> hap.Result:
+    def cut(dense: nn.Module, part: hap.Budget, **more: Any) -> hap.Result:
+        options = {"criterion": "magnitude", "mode": "paper", "implant_ratio": 0.0, **settings, **more}
+        return hap.prune(dense, batches, None, part, **options)
+
+    result, _ = in_rounds(model, hap.Budget(heads=share), times, cut, lambda *_: None, implant_ratio=0.0)
+    return result
+
+
+def test_a_head_that_is_alone_in_its_layer_counts() -> None:
+    """Traced anew it is no unit any more; the budget is of all heads, and is met by the others."""
+    model, batches = tiny_bert(32)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.output.dense.weight *= 0.01  # these leave first
+        model.bert.encoder.layer[1].attention.self.value.weight *= 0.01
+    result = rounds_of_heads(model, batches, 0.375, 3)
+    kept = [len(d.keep) for name, d in result.plan.decisions.items() if result.structure.family(name).kind == "head"]
+    assert kept == [2, 1]
+    masks = {f.name: torch.tensor([u in d.prune for u in range(f.size)]).numpy() for f, d in zip(
+        result.structure.families, result.plan.decisions.values(), strict=True
+    )}  # fmt: skip
+    assert (
+        hap.CostModel(result.structure)(masks, {}).heads == result.plan.small.heads == 0.375 * result.plan.dense.heads
+    )
+    with pytest.raises(hap.HapError, match="every layer keeps a head"):
+        rounds_of_heads(model, batches, 0.2, 3)
+
+
+@pytest.mark.parametrize("hidden", [32, 48])
+def test_layers_that_had_as_many_heads_for_a_while(hidden: int, tmp_path: Path) -> None:
+    """The configuration followed the first round; what is written is the dense model's, also after the second."""
+    model, batches = tiny_bert(hidden)
+    first = hap.prune(
+        model, batches, None, hap.Budget(heads=0.75), criterion="magnitude", mode="paper", implant_ratio=0.0,
+        minimum={"*": 3},
+    )  # fmt: skip
+    assert first.model.config.num_attention_heads == 3
+    second = hap.prune(
+        first.model, batches, None, hap.Budget(heads=0.625), criterion="magnitude", mode="paper", implant_ratio=0.0,
+        after=first.plan,
+    )  # fmt: skip
+    plan = compose(first.plan, second.plan)
+    hap.save(second.model, plan, tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["num_attention_heads"] == 4
+    loaded, again = hap.load(tmp_path / "small")
+    assert again == plan
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batches[0]).logits, second.model.eval()(**batches[0]).logits)

@@ -148,5 +148,5 @@ def test_a_latency_budget(
 
 def test_a_budget_can_be_of_another_model(model: nn.Module, data: zoo.DataSplits) -> None:
     first = hap.prune(model, data.calibration, None, hap.Budget(params=0.7), samples=64, implant_ratio=0)
-    second = hap.prune(first.model, data.calibration, None, hap.Budget(params=0.5), samples=64, of=first.plan.dense)
+    second = hap.prune(first.model, data.calibration, None, hap.Budget(params=0.5), samples=64, after=first.plan)
     assert 0.495 <= second.plan.small.params / first.plan.dense.params <= 0.5

@@ -79,7 +79,7 @@ def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: boo
         last: whether implants may come.
     """
     more: dict[str, Any] = {} if last else {"implant_ratio": 0.0}
-    return more if whole is None else {**more, "of": whole.dense, **_widths(whole, settings)}
+    return more if whole is None else {**more, "after": whole, **_widths(whole, settings)}
 
 
 def joined(whole: Plan | None, plan: Plan, budget: Budget, rounds: int) -> Plan:

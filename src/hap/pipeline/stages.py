@@ -69,7 +69,7 @@ def prune(
     ignore: Iterable[str] = (),
     latency_batch: int = 1,
     latency_cache: str | Path | None = None,
-    of: Cost | None = None,
+    after: Plan | None = None,
     state: str | Path | None = None,
     progress: Progress = silent,
 ) -> Result:
@@ -93,7 +93,7 @@ def prune(
         latency_batch: a budget of latency counts the time of so many examples. Without one nothing is timed, and
             implants may make the model slower: with ``Budget(params=0.5, latency=1.0)`` they do not.
         latency_cache: a file that keeps the layers' times for the next run; see `hap.planning.time_layers`.
-        of: what the budget is a fraction of, where that is not `model` itself: a model that this one was made from.
+        after: the plan that made this model from another one, which the budget is then a fraction of.
         state: a folder that exists, to keep what was measured and decided, so that a run that was killed goes on from
             there when it is started again with the same arguments, with the same result.
         progress: shows how far the stages are.
@@ -126,8 +126,8 @@ def prune(
 
     def choose() -> tuple[Sensitivity, Plan]:
         limits, table = budget, None
-        if of is not None:
-            limits = _rescaled(budget, of, CostModel(structure).dense)
+        if after is not None:
+            limits = _rescaled(budget, after, CostModel(structure).dense)
         sensitivity = measure(
             model,
             data,
@@ -150,8 +150,8 @@ def prune(
             table = by_the_first(
                 lambda: time_layers(model, structure, *inputs, implants=timed, cache=latency_cache, progress=progress)
             )
-        if of is not None:
-            limits = _rescaled(budget, of, CostModel(structure, table).dense)
+        if after is not None:
+            limits = _rescaled(budget, after, CostModel(structure, table).dense)
 
         def decided(within: Budget) -> Plan:
             return decide(structure, sensitivity, within, options=forms, latency=table, **choice)
@@ -165,7 +165,13 @@ def prune(
     else:
         known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
         measured = {"criterion": known, "samples": samples, "draws": draws, "seed": seed, "ignore": ignore}
-        settings = {**choice, **measured, "budget": budget, "of": of, "latency_batch": latency_batch}
+        settings = {
+            **choice,
+            **measured,
+            "budget": budget,
+            "after": after and after.small,
+            "latency_batch": latency_batch,
+        }
         settings["loss"] = None if loss is None else _said(model, loss, data[0])
         weights = digest([*model.parameters(), *model.buffers()])
         run = {
@@ -255,14 +261,32 @@ def _at_least_one(count: int) -> int:
     return count
 
 
-def _rescaled(budget: Budget, of: Cost, now: Cost) -> Budget:
+def _rescaled(budget: Budget, after: Plan, now: Cost) -> Budget:
     """The budget as fractions of a model that is smaller than the one it was written for."""
+    of = after.dense
     ratios = {"params": of.params / now.params, "macs": of.macs / max(1, now.macs)}
-    if now.heads:
-        ratios["heads"] = of.heads / now.heads
     if of.latency is not None and now.latency is not None:
         ratios["latency"] = of.latency / now.latency
-    return Budget(**{name: min(1.0, limit * ratios.get(name, 1.0)) for name, limit in budget.limits.items()})
+    limits = {name: min(1.0, limit * ratios.get(name, 1.0)) for name, limit in budget.limits.items() if name != "heads"}
+    if budget.heads is not None:
+        limits["heads"] = _heads_left(budget.heads, after, now)
+    return Budget(**limits)
+
+
+def _heads_left(limit: float, after: Plan, now: Cost) -> float:
+    """What may remain of the heads that are units: one that is alone in its layer is none any more, but it counts."""
+    alone = max(0, after.small.heads - now.heads)
+    may = limit * after.dense.heads - alone
+    if may > 0 and now.heads:
+        return min(1.0, may / now.heads)
+    if may >= 0 and not now.heads:
+        return 1.0
+    raise HapError(
+        "the budget cannot be reached: every layer keeps a head",
+        expected=f"heads kept >= {alone / after.dense.heads:.4f}",
+        got=f"heads {limit}",
+        remedy="keep more",
+    )
 
 
 def step(progress: Progress, description: str, work: Callable[[], T]) -> T:

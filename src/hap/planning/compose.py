@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from hap.errors import HapError
 from hap.implants import NARROW, heads_of
+from hap.planning.cost import CostModel
 from hap.planning.plan import Decision, Implant, Plan
 
 Key = tuple[str, int]  # a tensor and one of its axes
@@ -57,12 +60,18 @@ def compose(first: Plan, second: Plan) -> Plan:
         for family in first.structure.families
     }
     predicted = None if first.predicted is None or second.predicted is None else first.predicted + second.predicted
+    implants = {module: _mapped(first, module, implant, left) for module, implant in second.implants.items()}
+    masks = {
+        family.name: np.isin(np.arange(family.size), list(gone[family.name])) for family in first.structure.families
+    }
+    small = dataclasses.replace(CostModel(first.structure)(masks, implants), latency=second.small.latency)
     return dataclasses.replace(
         second,
         structure=first.structure,
         decisions=decisions,
-        implants={module: _mapped(first, module, implant, left) for module, implant in second.implants.items()},
+        implants=implants,
         dense=first.dense,
+        small=small,  # by the dense model's families: heads that are alone in their layer are none of the second's
         predicted=predicted,
     )
 

@@ -23,7 +23,7 @@ def counts(model: nn.Module, plan: Plan, *, dense: bool = False) -> list[tuple[A
     """Each configuration, with the name and the value of a number of heads that must follow the plan.
 
     Where the layers of one configuration keep different numbers of heads, or one of them has heads that must stay,
-    no number is right for all, and theirs stays as it is.
+    no number is right for all, and theirs stays as it is: the dense one, or that of the round before.
 
     Args:
         model: dense; or pruned, if `dense` values are asked for.
@@ -41,7 +41,7 @@ def counts(model: nn.Module, plan: Plan, *, dense: bool = False) -> list[tuple[A
     for key, config in configs.items():
         left = {len(decisions[family.name].keep) for family in families[key]}
         sizes = {family.size for family in families[key]}
-        if len(left) == len(sizes) == 1 and not _others(model, plan, config, families[key]):
+        if len(sizes) == 1 and (dense or len(left) == 1) and not _others(model, plan, config, families[key]):
             (units,) = sizes if dense else left
             values = {name: value for name in _NAMES if isinstance(value := getattr(config, name, None), int)}
             keys = values.get("num_key_value_heads")  # each stands for a group of query heads, and is one unit
