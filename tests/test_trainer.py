@@ -173,3 +173,37 @@ def test_what_cannot_work_is_refused(make) -> None:
     with pytest.raises(HapError, match="cannot be pruned while it is trained") as error:
         trainer.train()
     assert error.value.got == "load_best_model_at_end=True"
+
+
+def test_the_last_pruning_comes_at_the_end() -> None:
+    """Where 0.2 + 0.8 is more than 1 by rounding."""
+    callback = PruningCallback(hap.Budget(params=0.5), start=0.2, end=1.0, times=4)
+    assert callback._at[-1] == 1.0 and callback._at[0] == 0.2
+
+
+def test_a_resumed_training_goes_on_from_the_plan(make, tmp_path: Path) -> None:
+    """What a run before has pruned is not pruned again; another model than the pruned one is refused."""
+
+    def callback() -> Any:
+        return PruningCallback(hap.Budget(heads=0.5), criterion="magnitude", start=0.3)
+
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    first = make(callback(), **options)
+    first.train()
+    checkpoint = tmp_path / "trainer" / "checkpoint-4"
+    small, plan = hap.load(checkpoint)
+    again = callback()
+    trainer = make(again, **options)
+    with pytest.raises((HapError, RuntimeError)):  # transformers' own, of the weights' shapes, or ours
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    again = callback()
+    trainer = make(again, **options)
+    trainer.model = trainer.model_wrapped = small
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert again.plan == plan and again.done == 1
+    assert sum(p.numel() for p in trainer.model.parameters()) == plan.small.params
+    (checkpoint / "plan.json").unlink()
+    other = make(callback(), **options)
+    other.model = other.model_wrapped = hap.load(tmp_path / "trainer" / "checkpoint-6")[0]
+    with pytest.raises(HapError, match="goes on after a pruning"):
+        other.train(resume_from_checkpoint=str(checkpoint))

@@ -254,7 +254,8 @@ class Cost:
     """Size of a model: parameters, and multiply-accumulates for one sample.
 
     Attributes:
-        params, macs: exact.
+        params: exact.
+        macs: of the convolution and linear layers, exact; products of attention and recurrent layers do not count.
         latency: milliseconds of a forward pass, by a table measured on the user's device; None without one.
         heads: of the parameters, the weights of attention heads that can be pruned (W_Q, W_K, W_V, W_O; no biases).
     """

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import hap
 from hap import zoo
 from hap.cli import app
+from hap.cli.sources import load_model
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -392,3 +393,45 @@ def test_inspect_knows_the_zoos_shapes() -> None:
         "MACs per sample of 1 x 16 x 16"
         in invoke("inspect", "--model", "zoo:digits-cnn", "--input-shape", "1,16,16")[1]
     )
+
+
+def test_nothing_is_logged_of_a_command_that_cannot_start(tmp_path: Path, weights: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.7", "--log-to", "tensorboard")
+    assert code == 2 and "exists already" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_batch_of_none_is_refused(tmp_path: Path, weights: Path) -> None:
+    code, text = digits(tmp_path / "run", weights, "--keep-params", "0.7", "--batch-size", "0")
+    assert code == 2 and "batch_size is too small" in text.replace("--batch-size", "batch_size")
+
+
+def test_a_model_s_own_code_that_fails_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def needs(width):\n    pass\n\ndef fails():\n    raise RuntimeError('no')\n")
+    for function, message in (("needs", "TypeError: needs() missing"), ("fails", "fails failed in line 5")):
+        code, text = invoke("inspect", "--model", f"{path}:{function}")
+        assert code == 2 and message in " ".join(text.split()), text
+
+
+def test_texts_without_a_task_are_told_of_it(tmp_path: Path) -> None:
+    code, text = invoke(
+        "prune", "--model", "zoo:digits-cnn", "--data", "/data/glue", "--keep-params", "0.5", "--out", tmp_path / "x"
+    )
+    assert code == 2 and "--task glue/mrpc" in text
+
+
+@pytest.mark.parametrize("source", ["torchvision", "file"])
+def test_random_weights_are_those_of_the_seed(tmp_path: Path, source: str) -> None:
+    spec = "torchvision:squeezenet1_1"
+    if source == "file":
+        (tmp_path / "net.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(3, 2)\n")
+        spec = f"{tmp_path / 'net.py'}:make"
+    else:
+        pytest.importorskip("torchvision")
+    one, two, other = (load_model(spec, None, 2, seed=seed) for seed in (0, 0, 1))
+    weights = [next(iter(model.parameters())) for model in (one, two, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

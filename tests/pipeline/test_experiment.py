@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import hap
@@ -75,3 +78,56 @@ def test_an_interrupt_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         run(model, data, hap.Budget(params=0.5), tmp_path / "run", training=Training(epochs=0), samples=64)
     assert list(tmp_path.iterdir()) == []
+
+
+QUICK: dict[str, Any] = {"recover": "none", "training": Training(epochs=0), "mode": "paper", "samples": 64}
+
+
+def test_without_matplotlib_only_the_plots_miss(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run(model, data, hap.Budget(params=0.7), tmp_path / "run", **QUICK)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "README.md", "model.safetensors", "plan.json", "report.json",
+    }  # fmt: skip
+
+
+def test_errors_that_are_not_known_are_null(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    """One batch tells nothing of how much a score varies."""
+    run(model, data, hap.Budget(params=0.7), tmp_path / "run", criterion="taylor", **QUICK)
+    measured = json.loads((tmp_path / "run" / "report.json").read_text())["sensitivity"]
+    assert measured["conv1"]["stderr"] == [None] * len(measured["conv1"]["scores"])
+
+
+def test_the_last_weights_are_kept_unless_told(model: nn.Module, data: zoo.DataSplits, tmp_path: Path) -> None:
+    worse = {"epochs": 1, "lr": 0.5}  # than what the refit gives
+    for select, chosen in (("last", 1), ("best", 0)):
+        training = Training(**worse, **({} if select == "last" else {"select": select}))
+        done = run(model, data, hap.Budget(params=0.7), tmp_path / select, training=training, samples=64)
+        assert done.history.chosen == chosen
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {"zeros": lambda outputs, labels: 0.0}}, "unknown metric 'zeros'"),
+        ({"validation": [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]))]}, "a label is out of range"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_any_work(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+) -> None:
+    monkeypatch.setattr("hap.pipeline.experiment.prune", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(hap.HapError, match=message):
+        run(model, dataclasses.replace(data, **change), hap.Budget(params=0.7), tmp_path / "run")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
+    model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hap.pipeline.experiment.prune", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(hap.HapError, match="could not write"):
+        run(model, data, hap.Budget(params=0.7), tmp_path / "file" / "deep" / "run")

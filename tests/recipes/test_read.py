@@ -136,3 +136,16 @@ def test_draws_of_a_criterion_without(recipe_file: Path) -> None:
 def test_limit_out_of_range(recipe_file: Path) -> None:
     with pytest.raises(HapError, match="limit is out of range"):
         recipes.read(recipe_file, limit=0)
+
+
+def test_texts_are_trained_on_as_usual_for_texts(tmp_path: Path) -> None:
+    path = tmp_path / "texts.yaml"
+    path.write_text(
+        "title: x\nmodel: hf:some\ndata: {name: glue/mrpc}\nbudget: {heads: 0.5}\ndense: {train: {lr: 1e-5}}\n"
+    )
+    recipe = recipes.read(path)
+    assert (recipe.finetune.optimizer, recipe.finetune.lr, recipe.finetune.clip) == ("adamw", 5e-5, 1.0)
+    assert recipe.dense.train is not None
+    assert (recipe.dense.train.optimizer, recipe.dense.train.lr) == ("adamw", 1e-5)
+    slow = recipes.read(path, ["finetune.optimizer=sgd", "dense.train=null"])
+    assert (slow.finetune.optimizer, slow.finetune.lr, slow.dense.train) == ("sgd", None, None)  # AdamW's is its own

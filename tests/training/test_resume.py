@@ -354,3 +354,28 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, count: int, more: 
     run(str(tmp_path / "again"), str(tmp_path / "state"), "never", *more, count=count)
     for rank in range(count):
         assert (tmp_path / f"whole.{rank}").read_bytes() == (tmp_path / f"again.{rank}").read_bytes()
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    """Nothing could be taken from their files, and what they had done would be done again."""
+    (tmp_path / "state.0-of-2").write_bytes(b"of others")
+    with pytest.raises(HapError, match=r"2 processes, as there[\s\S]*got: +1"):
+        finetune(network(), shuffled(), plain, state=tmp_path / "state", **OPTIONS)
+    (tmp_path / "state.0-of-2").rename(tmp_path / "state.backup")
+    finetune(network(), shuffled(), plain, state=tmp_path / "state", **OPTIONS)
+
+
+def test_who_counts_the_steps_is_told_where_it_goes_on(tmp_path: Path) -> None:
+    told: list[tuple[int, dict[str, float]]] = []
+    interrupted(tmp_path / "state", 7, shuffled())
+    finetune(
+        network(), shuffled(), plain, state=tmp_path / "state", log=lambda v, step: told.append((step, v)), **OPTIONS
+    )
+    assert told[0] == (7, {}) and all(step >= 7 for step, _ in told)
+
+
+def test_a_loader_that_accelerate_has_prepared(tmp_path: Path) -> None:
+    """It always has the methods of one with a state, also where the loader inside has none."""
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.Accelerator(cpu=True).prepare_data_loader(shuffled())
+    finetune(network(), loader, plain, state=tmp_path / "state", **OPTIONS)

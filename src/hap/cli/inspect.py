@@ -48,6 +48,7 @@ def inspect(
     console.print(_families(structure))
     cost = hap.CostModel(structure).dense
     console.print(f"{cost.params:,} parameters, {cost.macs:,} MACs per {sample}, {len(structure.frozen)} frozen axes")
+    console.print("(MACs of convolution and linear layers)", highlight=False)
     if frozen:
         console.print(_frozen(structure))
 

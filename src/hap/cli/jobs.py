@@ -13,7 +13,7 @@ from torch import nn
 import hap
 from hap import pretrained, zoo
 from hap.cli import sources
-from hap.errors import HapError
+from hap.errors import HapError, unknown
 from hap.zoo.glue import directory_of
 
 
@@ -69,6 +69,11 @@ def open_job(
             raise HapError(
                 "there is no data", expected=f"--data, one of: {', '.join(zoo.DATASETS)}; or --task for texts"
             )
+        kind = data.partition(":")[0]
+        if kind not in zoo.DATASETS:
+            error = unknown("data set", kind, zoo.DATASETS)
+            remedy = error.remedy or "for texts name the task, such as --task glue/mrpc"
+            raise HapError(error.what, expected=error.expected, got=error.got, remedy=remedy)
         splits = zoo.load_data(
             data,
             batch_size=batch_size,

@@ -36,7 +36,9 @@ def prune(
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
     device: Annotated[str, MODEL(help="auto, cpu, cuda or cuda:N.")] = "auto",
     keep_params: Annotated[float | None, BUDGET(help="Of the parameters.")] = None,
-    keep_macs: Annotated[float | None, BUDGET(help="Of the multiply-accumulates.")] = None,
+    keep_macs: Annotated[
+        float | None, BUDGET(help="Of the multiply-accumulates of convolution and linear layers.")
+    ] = None,
     keep_heads: Annotated[float | None, BUDGET(help="Of the attention heads (of their parameters).")] = None,
     keep_latency: Annotated[
         float | None,

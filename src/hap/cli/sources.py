@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -87,15 +88,31 @@ def _from_file(path: Path, function: str) -> nn.Module:
     sys.path.insert(0, str(path.parent.absolute()))
     try:
         spec.loader.exec_module(module)
+    except Exception as error:
+        raise _failed(path, "it", error) from error
     finally:
         sys.path.pop(0)
     build = getattr(module, function, None)
     if not callable(build):
         raise HapError(f"{path} has no function {function!r}", expected="a function that returns the model")
-    model = build()
+    try:
+        model = build()
+    except Exception as error:
+        raise _failed(path, function, error) from error
     if not isinstance(model, nn.Module):
         raise HapError(f"{function} in {path} returned no model", expected="nn.Module", got=type(model).__name__)
     return model
+
+
+def _failed(path: Path, what: str, error: Exception) -> HapError:
+    """The error for the user's own code, with the place in it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    place = f" in line {lines[-1]}" if lines else ""
+    return HapError(
+        f"{path} does not make a model: {what} failed{place}",
+        expected="a function without arguments that returns the model",
+        got=f"{type(error).__name__}: {error}",
+    )
 
 
 def device(name: str) -> torch.device:

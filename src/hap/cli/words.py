@@ -28,6 +28,7 @@ PHRASES = (
     (r"\btrace\(ignore=\)|\bignore=(?= )", "--ignore"),
     (r"hap\.measure\(\.\.\., gram=True\) with ", "--criterion "),
     (r" \((overwrite|restart)=True\)", ""),
+    (", or None for all", ""),
     (r"\bStructure\.frozen\b", "`hap inspect --frozen`"),
 )
 OTHERWISE = {"minimum": "min_width", "maximum": "max_width"}  # options of another name than the library's

@@ -105,6 +105,7 @@ def run(
         if name not in get_args(Quantity):
             raise unknown("metric", name, get_args(Quantity))
     settings = repeatable(settings)
+    evaluate(model, [next(iter(data.validation))])  # labels or outputs that do not fit are seen before all the work
     about = origin(options or {}, data, model)
     steps = None if log is None else Steps(log)
     rounds_done = itertools.count(1)

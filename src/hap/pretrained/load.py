@@ -105,6 +105,13 @@ def _opened(path: str | Path, read: Any) -> Any:
 
 
 def _model(auto: Any, path: str | Path, settings: dict[str, Any], seed: int) -> Any:
+    if Path(path, "plan.json").is_file():
+        raise HapError(
+            f"{path} is a pruned model",
+            expected="a dense one",
+            got=f"{Path(path, 'plan.json')}",
+            remedy=f"hap:{path} on the command line, hap.load in Python",
+        )
     # The weights that are missing are drawn from the global generator: fork it.
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -114,7 +114,7 @@ def _ignore(model: nn.Module, units: Units, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         found = fnmatch.filter(modules, pattern)
         if not found:
-            raise unknown("module to ignore", pattern, modules)
+            raise unknown("module to ignore", pattern, [name for name in modules if name])
         hits.update(found)
     _freeze_inside(model, units, [modules[hit] for hit in hits], IGNORED)
 

@@ -35,14 +35,18 @@ def load(root: Path, options: Options) -> DataSplits:
         raise HapError(
             f"there is no image data set in {root}",
             expected="train/CLASS/*, and val/CLASS/* or test/CLASS/* or both",
-            got=", ".join(f"{name}/" for name in parts) or "none of them",
+            got=(", ".join(f"{name}/" for name in parts) or "none of them") if root.is_dir() else "no such directory",
             remedy="give its directory, as imagefolder:DIR, or set HAP_DATA",
         )
     train_files, classes = parts["train"]
     for name, (_, others) in parts.items():
         if others != classes:
             odd = sorted(set(others) ^ set(classes))
-            raise HapError(f"{root / name} has other classes than train", expected=f"{len(classes)}", got=str(odd[:5]))
+            raise HapError(
+                f"{root / name} has other classes than train",
+                expected=f"the {len(classes)} classes of {root / 'train'}",
+                got=f"{', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''} in one of them only",
+            )
     test_files = (parts["test"] if "test" in parts else parts["val"])[0]
     if len(parts) == 3:
         if options.validation is not None:
