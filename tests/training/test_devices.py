@@ -141,3 +141,43 @@ def test_two_processes_do_what_one_does_with_larger_batches(tmp_path: Path, shar
     assert first["accuracies"].tolist() == [record.validation.accuracy for record in history.epochs]
     whole = hap.evaluate(alone, worker.data(3, 6))  # three batches for two processes: one only fills up
     assert first["again"].tolist() == pytest.approx([whole.loss, whole.accuracy, 18], rel=1e-9)
+
+
+SHUFFLED = """
+import sys
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import hap
+
+read = []
+
+class Noting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 2)
+
+    def forward(self, x):
+        if self.training:
+            read.append(x[:, 0].long().tolist())
+        return self.layer(nn.functional.dropout(x, 0.5, self.training))
+
+accelerator = Accelerator(cpu=True)
+data = TensorDataset(torch.arange(60.0)[:, None], torch.arange(60) % 2)
+hap.finetune(Noting(), DataLoader(data, 16, shuffle=True), epochs=3, lr=1e-4, accelerator=accelerator)
+torch.save(read, f"{sys.argv[1]}/{accelerator.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_shuffle_alike_whatever_else_they_draw(tmp_path: Path) -> None:
+    """Dropout draws fewer numbers for the short last batch, which one process alone has."""
+    (tmp_path / "shuffled.py").write_text(SHUFFLED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(tmp_path / "shuffled.py"), str(tmp_path)], env=environment, check=True, timeout=240)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for epoch in range(3):
+        batches = [*first[2 * epoch : 2 * epoch + 2], *second[2 * epoch : 2 * epoch + 2]]
+        assert sorted(x for batch in batches for x in batch) == list(range(60))
