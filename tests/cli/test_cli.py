@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import hap
 from hap import zoo
 from hap.cli import app
-from hap.cli.sources import load_model
+from hap.cli.sources import load_model, normalisation
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -435,3 +435,17 @@ def test_random_weights_are_those_of_the_seed(tmp_path: Path, source: str) -> No
     one, two, other = (load_model(spec, None, 2, seed=seed) for seed in (0, 0, 1))
     weights = [next(iter(model.parameters())) for model in (one, two, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_images_are_normalised_as_the_model_was_trained_with(tmp_path: Path) -> None:
+    """By its own files: vision transformers often have 0.5, and not ImageNet's usual constants."""
+    pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    half = zoo.Normalisation(255, (0.5,) * 3, (0.5,) * 3)
+    assert normalisation("timm:vit_tiny_patch16_224") == half
+    transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    assert normalisation(f"hf:{tmp_path}") is None
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert normalisation(f"hf:{tmp_path}") == half
+    assert normalisation("zoo:resnet50") is None

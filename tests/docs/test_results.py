@@ -39,3 +39,10 @@ def test_sampling_table_and_promise() -> None:
 def test_recovery_table() -> None:
     benchmark = load(ROOT / "benchmarks" / "recover.py")
     assert benchmark.table(benchmark.RESULTS) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_recipe_tables() -> None:
+    benchmark = load(ROOT / "benchmarks" / "recipes.py")
+    page = (ROOT / "docs" / "results.md").read_text()
+    for table in benchmark.tables(benchmark.read(benchmark.RESULTS)):
+        assert table in page

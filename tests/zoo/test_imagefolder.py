@@ -155,3 +155,14 @@ def test_damaged_image(tmp_path):
     (tmp_path / "test" / "ant" / "0.jpg").write_bytes(b"no image")
     with pytest.raises(HapError, match=r"cannot read .*0\.jpg"):
         epoch(load(tmp_path).test)
+
+
+def test_the_normalisation_can_be_a_model_s(tmp_path):
+    write(tmp_path, "train", 5)
+    write(tmp_path, "test", 2)
+    half = zoo.Normalisation(255, (0.5,) * 3, (0.25,) * 3)
+    usual, other = (epoch(load(tmp_path, normalisation=chosen).test)[0] for chosen in (None, half))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
+    torch.testing.assert_close(other, (usual * std + mean - 0.5) / 0.25)
+    with pytest.raises(HapError, match="normalisation of its own"):
+        zoo.load_data("digits", normalisation=half)

@@ -83,6 +83,7 @@ def open_job(
             image_size=image_size,
             workers=workers,
             device=device,
+            normalisation=_normalisation(model) if zoo.DATASETS[kind].resizes else None,
         )
         return _image_job(model, weights, splits, seed)
     labels, place = zoo.task_of(task).labels, directory_of(task, data)
@@ -98,6 +99,17 @@ def open_job(
     }
     splits = zoo.load_texts(task, place, tokenizer, **options)
     return Job(opened, splits, tokenizer, plan, dense=model if plan is None else None)
+
+
+def _normalisation(spec: str) -> zoo.Normalisation | None:
+    """Of the images that the model was trained with; of a pruned one, its dense model."""
+    source, _, name = spec.partition(":")
+    try:
+        return sources.normalisation(_dense_spec(Path(name)) if source == "hap" else spec)
+    except HapError:
+        if source == "hap":
+            return None  # it was written from Python, and does not say where it comes from
+        raise
 
 
 def _image_job(spec: str, weights: Path | None, data: zoo.DataSplits, seed: int) -> Job:

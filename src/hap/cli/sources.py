@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,11 +45,23 @@ def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) 
     return model
 
 
+def normalisation(spec: str) -> zoo.Normalisation | None:
+    """Of the images that a model from a spec was trained with, where its files say so."""
+    source, _, name = spec.rpartition(":")
+    found: Any = None
+    if source == "hf":
+        found = pretrained.image_statistics(name)
+    elif source == "timm":
+        settings = _timm().get_pretrained_cfg(name)
+        found = None if settings is None else (settings.mean, settings.std)
+    return None if found is None else zoo.Normalisation(255, *found)
+
+
 def _built(spec: str, source: str, name: str, classes: int) -> nn.Module:
     if source == "torchvision":
         return _torchvision(name, classes)
     if source == "timm":
-        return _timm(name, classes)
+        return _of_timm(name, classes)
     if source.endswith(".py"):
         return _from_file(Path(source), name)
     raise HapError(
@@ -68,11 +82,15 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=classes)
 
 
-def _timm(name: str, classes: int) -> nn.Module:
+def _timm() -> Any:
     try:
-        import timm
+        return importlib.import_module("timm")
     except ImportError as error:
         raise missing("timm:NAME needs", "timm", "models", error) from error
+
+
+def _of_timm(name: str, classes: int) -> nn.Module:
+    timm = _timm()
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
     model: nn.Module = timm.create_model(name, num_classes=classes)

@@ -65,6 +65,19 @@ def load_image_classifier(path: str | Path, classes: int, *, seed: int = 0) -> n
     )
 
 
+def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and the standard deviation that a model's images are normalised by; None where no file says so."""
+    reader = transformers().image_processing_utils.BaseImageProcessor
+    with quiet():
+        try:
+            found, _ = reader.get_image_processor_dict(os.path.expanduser(path))
+        except (OSError, ValueError):
+            return None
+    if "image_mean" not in found or "image_std" not in found or not found.get("do_normalize", True):
+        return None
+    return tuple(found["image_mean"]), tuple(found["image_std"])
+
+
 def is_classifier(path: str | Path, classes: int) -> bool:
     """Whether what is in a directory, or has a name on the hub, was trained to tell so many classes apart.
 

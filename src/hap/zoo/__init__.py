@@ -9,7 +9,7 @@
 from hap.zoo.data import DATASETS, Dataset, load_data
 from hap.zoo.glue import TASKS, Task, load_texts, task_of
 from hap.zoo.models import MODELS, Model, build
-from hap.zoo.splits import DataSplits, Split
+from hap.zoo.splits import DataSplits, Normalisation, Split
 
 __all__ = [
     "DATASETS",
@@ -18,6 +18,7 @@ __all__ = [
     "DataSplits",
     "Dataset",
     "Model",
+    "Normalisation",
     "Split",
     "Task",
     "build",

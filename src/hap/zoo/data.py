@@ -11,7 +11,7 @@ import torch
 
 from hap.errors import HapError, unknown
 from hap.zoo import cifar, digits, imagefolder
-from hap.zoo.splits import DataSplits, Options, root_of
+from hap.zoo.splits import DataSplits, Normalisation, Options, root_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def load_data(
     image_size: int | None = None,
     workers: int = 0,
     device: str | torch.device = "cpu",
+    normalisation: Normalisation | None = None,
 ) -> DataSplits:
     """A data set, cut into training, calibration, validation and test images.
 
@@ -70,6 +71,7 @@ def load_data(
             so validation stays disjoint from training whatever the limits.
         image_size: height and width that ``imagefolder`` resizes to; None: 224.
         workers: processes that read images for ``imagefolder``; the batches do not depend on it.
+        normalisation: of the pixels of ``imagefolder``, the one that the model was trained with; None: ImageNet's.
         device: where the batches are made, the same on each. CIFAR-10 and the digits are held there altogether.
 
     Raises:
@@ -86,7 +88,9 @@ def load_data(
     dataset = DATASETS[name]
     if image_size is not None and not dataset.resizes:
         raise HapError(f"{name} has images of one size", expected="no image_size=", got=str(image_size))
-    options = Options(batch_size, seed, validation, limit, image_size, workers, torch.device(device))
+    if normalisation is not None and not dataset.resizes:
+        raise HapError(f"{name} has a normalisation of its own", expected="no normalisation=", got=str(normalisation))
+    options = Options(batch_size, seed, validation, limit, image_size, workers, torch.device(device), normalisation)
     return dataset.load(_root(name, directory, needed=dataset.needs_directory), options)
 
 

@@ -102,6 +102,7 @@ class FolderSplit(Split):
         self._training = training
         self._workers = options.workers
         self._device = options.device
+        self._normalise = options.normalisation or IMAGENET
 
     def _batches(self, order: torch.Tensor, generator: torch.Generator, mine: Sequence[int]) -> Iterator[ImageBatch]:
         # A seed for each image, so that the batches do not depend on the number of workers.
@@ -117,7 +118,10 @@ class FolderSplit(Split):
             generator=generator,  # for workers' seeds, which nobody uses: not from the global generator
         )
         for pixels, labels in loader:  # bytes travel, and become numbers on the device
-            yield IMAGENET(pixels.to(self._device, non_blocking=True)), labels.to(self._device, non_blocking=True)
+            yield (
+                self._normalise(pixels.to(self._device, non_blocking=True)),
+                labels.to(self._device, non_blocking=True),
+            )
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Options:
     image_size: int | None
     workers: int
     device: torch.device = torch.device("cpu")
+    normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
         for name, lowest in {"batch_size": 1, "validation": 1, "limit": 1, "image_size": 1, "workers": 0}.items():
