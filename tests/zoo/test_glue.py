@@ -59,7 +59,7 @@ def test_without_labelled_test_files_validation_is_cut_from_training(glue_dir: P
     assert torch.equal(data.test.indices, other.test.indices)
 
 
-def test_one_file_alone_is_divided(glue_dir: Path, tokenizer, tmp_path: Path) -> None:
+def test_one_file_alone_is_divided(glue_dir: Path, tokenizer, tmp_path: Path, caplog) -> None:
     (tmp_path / "mrpc_validation.parquet").symlink_to(glue_dir / "mrpc_train.parquet")
     first, second = (zoo.load_texts("glue/mrpc", tmp_path, tokenizer, seed=seed) for seed in range(2))
     parts = [set(split.indices.tolist()) for split in (first.train, first.validation, first.test)]
@@ -67,6 +67,7 @@ def test_one_file_alone_is_divided(glue_dir: Path, tokenizer, tmp_path: Path) ->
     assert len(set.union(*parts)) == 60
     assert torch.equal(first.test.indices, second.test.indices)
     assert not torch.equal(first.validation.indices, second.validation.indices)
+    assert "a validation or test file alone" in caplog.text
 
 
 def test_limit_and_length(glue_dir: Path, tokenizer) -> None:

@@ -6,6 +6,7 @@ the test set, as is usual in the literature, and validation is cut from the trai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from hap.zoo.splits import DataSplits, Options, cut_validation, divide, in_order
 from hap.zoo.texts import Padding, Texts, TextSplit
 from hap.zoo.tokens import Cache
 
+log = logging.getLogger(__name__)
 LAYOUTS = ("{task}_{split}.parquet", "{task}/{split}-*.parquet")  # one folder, or Hugging Face's
 SPLITS = ("train", "validation", "test")
 POOL = 64  # batches that are sorted by length together
@@ -178,6 +180,8 @@ def _parts(task: str, root: Path, options: Options, read: Callable[[str], Texts 
     only = train or reported
     if only is None:
         raise _missing(task, root)  # the only files have hidden labels
+    name = "training" if only is train else "validation or test"
+    log.warning("%s has a %s file alone: training, validation and test are parts of it", task, name)
     rest, held_out = divide(len(only.labels), max(1, len(only.labels) // 5), seed=0)
     indices = cut_validation(len(rest), options)
     return {
@@ -196,7 +200,7 @@ def _missing(task: str, root: Path) -> HapError:
     names = [layout.format(task=_short(task), split="train") for layout in LAYOUTS]
     return HapError(
         f"there is no {task} in {root}",
-        expected=f"{' or '.join(names)}, and the same for validation",
+        expected=f"{' or '.join(names)}, and the same for validation, or one of them",
         got="neither, with labels" if root.is_dir() else "no such directory",
         remedy="give the directory of the Parquet files with --data",
     )
