@@ -28,20 +28,17 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
             remedy="choose another path, or pass --overwrite (overwrite=True)",
         )
     ours = any((directory / name).exists() for name in RECORDS)
-    place = next(parent for parent in directory.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = (
-            PermissionError(errno.EACCES, "no permission")
-            if place.is_dir()
-            else NotADirectoryError(errno.ENOTDIR, "a file")
-        )
-        raise unwritable(directory, OSError(why.errno, f"{place}: {why.strerror}"))
     if overwrite and not ours and directory.exists() and any(directory.iterdir()):
         raise HapError(
             f"{directory} was not written by hap",
             expected=f"with overwrite a directory that holds {', '.join(RECORDS[:-1])} or {RECORDS[-1]}",
             remedy="choose another path, or remove it yourself",
         )
+    place = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise unwritable(directory, NotADirectoryError(errno.ENOTDIR, f"{place} is a file"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise unwritable(directory, PermissionError(errno.EACCES, f"no permission to write in {place}"))
 
 
 @contextmanager
