@@ -50,6 +50,7 @@ def finetune(
     clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
     ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
     label_smoothing: Annotated[float, TUNING(help="Share of each label that is spread over all classes.")] = 0.0,
+    select: Annotated[str, TUNING(help="best: the epoch that is best in validation; last: the last weights.")] = "best",
     accumulate: Annotated[int, TUNING(help="Batches that make one step.")] = 1,
     precision: Annotated[str, TUNING(help="Of the forward pass: no (the weights' own), bf16 or fp16.")] = "no",
     checkpointing: Annotated[
@@ -66,7 +67,7 @@ def finetune(
         str | None, OUTPUT("--log-to", help="Where losses go as well: tensorboard, wandb or mlflow.")
     ] = None,
 ) -> None:
-    """Train a model on its task, keep the weights that are best in validation, and evaluate them once.
+    """Train a model on its task, keep the weights that are best in validation (or the last), and evaluate them once.
 
     On several devices: `torchrun --nproc-per-node N -m hap finetune ...`, or `accelerate launch -m hap finetune ...`.
     """
@@ -101,7 +102,7 @@ def finetune(
         accumulate=accumulate,
         precision=precision,
         compile=compile,
-        select="best",
+        select=select,
     )
     first = is_first()
     job = open_job(model, data, weights=weights, **opening)
