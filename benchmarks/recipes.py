@@ -45,7 +45,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
 
 def tables(rows: Rows) -> tuple[str, str]:
     """What each run came to, on the test images; and its epochs, in validation. Accuracies are in per cent."""
-    header = "run,epochs,kept,parameters,MACs,implants,dense,small,latency: 1 image,32 images,seconds".split(",")
+    header = ["run", "epochs", "kept", "parameters", "MACs", "implants", "dense", "small", "latency: 1 image", "32 images", "seconds"]
     lines = [_line(header), _line(["---"] * len(header))]
     epochs = ["| run | after | training loss | accuracy in validation |", "|---|---|---|---|"]
     for number, found in enumerate(rows, start=1):
