@@ -14,6 +14,10 @@ import typer
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 LONG = ("sensitivity", "verification", "notes")  # what a report has and a record of it does not need
+HEADER = (
+    "| run | epochs | kept | parameters | MACs | implants | dense | small | latency, 1 image | latency, 32 images "
+    "| seconds |"
+)
 Rows = list[dict[str, Any]]
 
 
@@ -45,8 +49,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
 
 def tables(rows: Rows) -> tuple[str, str]:
     """What each run came to, on the test images; and its epochs, in validation. Accuracies are in per cent."""
-    header = ["run", "epochs", "kept", "parameters", "MACs", "implants", "dense", "small", "latency: 1 image", "32 images", "seconds"]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [HEADER, f"|{'---|' * (HEADER.count('|') - 1)}"]
     epochs = ["| run | after | training loss | accuracy in validation |", "|---|---|---|---|"]
     for number, found in enumerate(rows, start=1):
         comparison, history, finetune = found["comparison"], found["history"], found["recipe"]["finetune"]
