@@ -86,6 +86,8 @@ def _contend(
         None,
         hap.Budget(params=keep),
         criterion=criterion,
+        mode="paper",
+        samples=512,
         implant_ratio=ratio,
         seed=seed,
         progress=bars,

@@ -167,7 +167,7 @@ def budgets(
     of: Annotated[str, typer.Option(help="params or macs.")] = "params",
     samples: Annotated[int, typer.Option(help="Calibration images.")] = 2048,
     test: Annotated[int, typer.Option(help="Test images.")] = 2000,
-    steps: Annotated[int, typer.Option(help="Of fine-tuning, 128 images each; 0 for none.")] = 100,
+    steps: Annotated[int, typer.Option(help="Of fine-tuning, 128 images each; 0 for none.")] = 60,
     seeds: Annotated[int, typer.Option(help="Runs.")] = 1,
     only: Annotated[str, typer.Option(help="Contenders whose name holds this; all if empty.")] = "",
 ) -> None:
@@ -232,9 +232,10 @@ def table(rows: Sequence[Row], model: str) -> str:
     ]
     keys = dict.fromkeys((row["of"], row["keep"], row["contender"]) for row in rows if "keep" in row)
     for of, share, name in sorted(keys, key=lambda k: (k[0] != "params", -k[1])):
-        mine = [r for r in rows if (r.get("of"), r.get("keep"), r["contender"]) == (of, share, name)]
+        found = [r for r in rows if (r.get("of"), r.get("keep"), r["contender"]) == (of, share, name)]
+        mine = list({r["seed"]: r for r in sorted(found, key=lambda r: r["steps"])}.values())  # the most steps of each
         cells = [f"{share:.0%} of {of}", name, f"{mean(r['implanted'] for r in mine):.0f}"]
-        cells += [_cell([100 * x for x in {r["seed"]: r[c] for r in mine if c in r}.values()]) for c in COLUMNS]
+        cells += [_cell([100 * r[c] for r in mine if c in r]) for c in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

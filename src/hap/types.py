@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -270,8 +271,9 @@ class Cost:
 class Budget:
     """The fraction of the dense model that may remain, each in (0, 1]; None leaves it free.
 
-    `heads` counts the parameters of attention heads, which is their number where all are alike; an implanted head
-    counts for what is left of it.
+    `latency` may be over 1, as implants save parameters and not always time: 1.2 lets the model take a fifth longer
+    than the dense one. `heads` counts the parameters of attention heads, which is their number where all are alike; an
+    implanted head counts for what is left of it.
 
     >>> Budget(params=0.5)
     Budget(params=0.5, macs=None, latency=None, heads=None)
@@ -284,11 +286,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("params", "macs", "latency", "heads"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            value, most = getattr(self, name), math.inf if name == "latency" else 1.0
+            if value is not None and not (0 < value <= most and math.isfinite(value)):
                 raise HapError(
                     f"budget {name} is out of range",
-                    expected="a fraction of the dense model in (0, 1]",
+                    expected="a fraction of the dense model " + ("over 0" if most > 1 else "in (0, 1]"),
                     got=repr(value),
                     remedy="0.5 keeps one half",
                 )

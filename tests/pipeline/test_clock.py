@@ -68,6 +68,37 @@ def test_a_plan_that_changes_nothing_is_not_timed(plan: hap.Plan) -> None:
     assert found.options["latency_measured"] == 1.0
 
 
+def test_a_table_that_is_too_slow_does_not_hold_a_plan_back(plan: hap.Plan) -> None:
+    """The model takes half of what the table says: it may have twice the time by the table, and one over the goal."""
+    planner = Planner(plan)
+    found = by_the_clock(planner, GOAL, lambda plan: share(plan.small, plan.dense) / 2)
+    assert planner.limits == pytest.approx([0.8, 1.6])
+    assert found.options["latency_measured"] == 0.8 and share(found.small, found.dense) == pytest.approx(1.6)
+    assert found.budget == GOAL
+
+
+def test_where_another_limit_holds_a_plan_back_it_is_taken_as_it_is(plan: hap.Plan) -> None:
+    limits = []
+
+    def decide(budget: Budget) -> hap.Plan:
+        """A plan that takes half of the time, whatever it may take."""
+        limits.append(budget.latency)
+        dense, small = (dataclasses.replace(c, latency=t) for c, t in ((plan.dense, 2.0), (plan.small, 1.0)))
+        return dataclasses.replace(plan, dense=dense, small=small)
+
+    assert by_the_clock(decide, GOAL, lambda _: 0.4).options["latency_measured"] == 0.4
+    assert limits == [0.8]
+
+
+def test_the_loosest_limit_that_meets_the_goal_is_taken(plan: hap.Plan) -> None:
+    """Where the table is too slow by a different factor for each plan, the limit is found between two others."""
+    planner = Planner(plan)
+    found = by_the_clock(planner, GOAL, lambda plan: share(plan.small, plan.dense) ** 3)
+    met = [limit for limit in planner.limits if limit**3 <= 0.8 * 1.02]
+    assert planner.limits[1] > 0.8**0.33 > max(met) > 0.8 and len(planner.limits) <= TRIES
+    assert share(found.small, found.dense) == pytest.approx(max(met))
+
+
 def test_the_limit_shrinks_by_what_the_clock_finds_too_much(plan: hap.Plan) -> None:
     """The model is slower than the table says, by half: the goal is met at two thirds of it."""
     planner = Planner(plan)

@@ -186,3 +186,10 @@ def test_a_form_that_nobody_registered_is_named(plan) -> None:
 def test_a_budget_out_of_range_is_refused(plan) -> None:
     with pytest.raises(HapError, match="budget params is out of range"):
         Plan.from_json(json.dumps({**json.loads(plan.to_json()), "budget": {"params": 2.0, "macs": None}}))
+
+
+def test_a_latency_may_be_over_that_of_the_dense_model() -> None:
+    assert Budget(params=0.5, latency=1.2).limits == {"params": 0.5, "latency": 1.2}
+    for latency in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(HapError, match=r"(?s)budget latency is out of range.*over 0"):
+            Budget(latency=latency)

@@ -1,4 +1,4 @@
-"""`hap demo`: the whole job on data that every installation has."""
+"""`hap demo`: the whole job on data that scikit-learn brings along."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def prune(
     keep_latency: Annotated[
         float | None,
         BUDGET(
-            help="Of the latency, as measured here; default: 1 for images where mode optimal may implant, so that no "
-            "implant makes the model slower than it was."
+            help="Of the latency, as measured here, and may be over 1; default: 1 for images where mode optimal may "
+            "implant, so that no implant makes the model slower than it was."
         ),
     ] = None,
     any_latency: Annotated[

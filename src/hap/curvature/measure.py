@@ -184,7 +184,7 @@ def _criterion(criterion: str | Criterion) -> Criterion:
         raise unknown("criterion", criterion, CRITERIA)
     raise HapError(
         "this is not a criterion",
-        expected=f"an instance of hap.Criterion, or one of: {', '.join(sorted(CRITERIA))}",
+        expected=f"an instance of hap.curvature.Criterion, or one of: {', '.join(sorted(CRITERIA))}",
         got=repr(criterion),
         remedy="pass an instance, not the class" if isinstance(criterion, type) else "",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,16 +18,17 @@ from hap.types import Budget
 
 log = logging.getLogger(__name__)
 TRIES = 5
-TURNS, SECONDS = 100, 3.0  # of the dense and the small model, at most
+TURNS, SECONDS = 100, 5.0  # of the dense and the small model, at most
 TOLERANCE = 0.02  # of the goal: what the clock itself is unsure of
+ROOM = 0.05  # of the goal: less time left over is not worth another decision
 
 
 def by_the_clock(decide: Callable[[Budget], Plan], limits: Budget, measured: Callable[[Plan], float]) -> Plan:
-    """Decides, times the small model against the dense one, and while it takes too long decides for less.
+    """Decides, times the small model against the dense one, and decides again for what the table should have said.
 
-    The next limit is what the table said of the last plan times what the clock found too much of it. Of
-    plans that all miss the goal the fastest is taken, with a warning. A plan that changes nothing is not timed: all
-    that the clock could find is noise.
+    The table is wrong about the whole model by some factor. The next limit is what it said of the last plan, times the
+    goal, over what the clock found: smaller where the model takes too long, larger where the limit held the plan back
+    and time is left. A plan that changes nothing is not timed: all that the clock could find is noise.
 
     Args:
         decide: a plan for limits.
@@ -34,33 +36,62 @@ def by_the_clock(decide: Callable[[Budget], Plan], limits: Budget, measured: Cal
         measured: time of the plan's model as a share of the dense model's.
 
     Returns:
-        A plan for `limits`, with ``latency_measured`` among its options.
+        Of the plans that meet the goal the one with the loosest limit; where none does the fastest one, with a warning.
+        Its budget is `limits`, and ``latency_measured`` is among its options.
 
     Raises:
         HapError: no plan meets `limits` by the table.
     """
-    goal = limits.latency
-    assert goal is not None
-    plan = decide(limits)
+    assert limits.latency is not None
+    goal, plan = limits.latency, decide(limits)
     if not plan.implants and not any(decision.prune for decision in plan.decisions.values()):
-        return _timed(plan, limits, lambda _: 1.0)[0]
-    plan, ratio = _timed(plan, limits, measured)
-    best, fastest = plan, ratio
-    for _ in range(TRIES - 1):
-        if ratio <= goal * (1 + TOLERANCE):
-            return plan
-        assert plan.small.latency is not None and plan.dense.latency is not None
-        tighter = plan.small.latency / plan.dense.latency * goal / ratio
-        log.info("the model takes %.2f of the dense one's time; deciding again for %.2f by the table", ratio, tighter)
+        return _noted(plan, limits, 1.0)
+    tried = [_Try(goal, plan, measured(plan))]
+    while len(tried) < TRIES and (limit := _next(tried, goal)) is not None:
+        log.info("the model takes %.2f of the dense one's time; deciding again for %.2f", tried[-1].ratio, limit)
         try:
-            plan, ratio = _timed(decide(dataclasses.replace(limits, latency=tighter)), limits, measured)
+            plan = decide(dataclasses.replace(limits, latency=limit))
         except HapError:  # so little cannot be had
             break
-        if ratio < fastest:
-            best, fastest = plan, ratio
-    if fastest > goal * (1 + TOLERANCE):
-        log.warning("the model takes %.2f of the dense one's time; the goal was %.2f", fastest, goal)
-    return best
+        tried.append(_Try(limit, plan, measured(plan)))
+    met = [one for one in tried if one.meets(goal)]
+    best = max(met, key=lambda one: one.limit) if met else min(tried, key=lambda one: one.ratio)
+    if not met:
+        log.warning("the model takes %.2f of the dense one's time; the goal was %.2f", best.ratio, goal)
+    return _noted(best.plan, limits, best.ratio)
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A limit by the table, the plan for it, and the time of its model by the clock / the dense model's."""
+
+    limit: float
+    plan: Plan
+    ratio: float
+
+    def meets(self, goal: float) -> bool:
+        return self.ratio <= goal * (1 + TOLERANCE)
+
+    @property
+    def share(self) -> float:
+        """What the table says of the plan."""
+        small, dense = self.plan.small.latency, self.plan.dense.latency
+        assert small is not None and dense is not None
+        return small / dense
+
+
+def _next(tried: list[_Try], goal: float) -> float | None:
+    """The next limit for the table; None where it cannot help."""
+    last = tried[-1]
+    held_back = last.share > last.limit * (1 - ROOM)  # by this limit, and not by the others
+    if last.meets(goal) and (last.ratio > goal * (1 - ROOM) or not held_back):
+        return None
+    limit = last.share * goal / last.ratio
+    low = max((one.limit for one in tried if one.meets(goal)), default=0.0)
+    high = min((one.limit for one in tried if not one.meets(goal)), default=float("inf"))
+    if not low < limit < high:  # the factor is not the same for all plans
+        limit = (low + high) / 2
+    return limit if low * (1 + ROOM) < high and limit < high else None
 
 
 def clock(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Plan], float]:
@@ -68,15 +99,11 @@ def clock(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
     def ratio(plan: Plan) -> float:
         small = apply(model, plan, init="zeros")  # what a weight holds takes no time
-        return measure_latency({"dense": model, "small": small}, args, kwargs, runs=TURNS, seconds=SECONDS)[
-            "small"
-        ].ratio
+        found = measure_latency({"dense": model, "small": small}, args, kwargs, runs=TURNS, seconds=SECONDS)
+        return found["small"].least / found["dense"].least  # on a busy machine medians are of what else it does
 
     return lambda plan: by_the_first(lambda: ratio(plan))
 
 
-def _timed(plan: Plan, limits: Budget, measured: Callable[[Plan], float]) -> tuple[Plan, float]:
-    ratio = measured(plan)
-    return dataclasses.replace(
-        plan, budget=limits, options={**plan.options, "latency_measured": round(ratio, 3)}
-    ), ratio
+def _noted(plan: Plan, limits: Budget, ratio: float) -> Plan:
+    return dataclasses.replace(plan, budget=limits, options={**plan.options, "latency_measured": round(ratio, 3)})

@@ -135,7 +135,7 @@ def prune(
             structure,
             criterion=criterion,
             samples="auto" if samples == "auto" else most,
-            keep=min(limits.limits.values()) if samples == "auto" else None,  # near enough to the fraction of units
+            keep=_kept(limits) if samples == "auto" else None,
             cap=CAP,
             draws=draws,
             seed=seed,
@@ -261,13 +261,19 @@ def _at_least_one(count: int) -> int:
     return count
 
 
+def _kept(budget: Budget) -> float:
+    """Near enough to the fraction of units that stay."""
+    return min(1.0, *budget.limits.values())
+
+
 def _rescaled(budget: Budget, after: Plan, now: Cost) -> Budget:
     """The budget as fractions of a model that is smaller than the one it was written for."""
     of = after.dense
     ratios = {"params": of.params / now.params, "macs": of.macs / max(1, now.macs)}
     if of.latency is not None and now.latency is not None:
         ratios["latency"] = of.latency / now.latency
-    limits = {name: min(1.0, limit * ratios.get(name, 1.0)) for name, limit in budget.limits.items() if name != "heads"}
+    limits = {name: limit * ratios.get(name, 1.0) for name, limit in budget.limits.items() if name != "heads"}
+    limits = {name: limit if name == "latency" else min(1.0, limit) for name, limit in limits.items()}
     if budget.heads is not None:
         limits["heads"] = _heads_left(budget.heads, after, now)
     return Budget(**limits)
