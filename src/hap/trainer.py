@@ -149,7 +149,7 @@ class PruningCallback(Base):
             before = dict(model.named_parameters())
             apply_(model, plan, data, samples=fitted_on(self._settings.get("samples")))
         follow_(getattr(optimizer, "optimizer", optimizer), before, model, plan)  # Accelerate wraps it
-        self.plan, self.done = joined(self.plan, plan, budget, due), due
+        self.plan, self.done = joined(self.plan, plan, budget, due, self._settings), due
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import hap
 from hap.pipeline.clock import TRIES, by_the_clock, clock
 from hap.planning import Decision
+from hap.planning.budget import unreachable
 from hap.types import Budget, Cost
 
 
@@ -34,7 +35,7 @@ class Planner:
     def __call__(self, limits: Budget) -> hap.Plan:
         assert limits.latency is not None and limits.params == 0.6
         if limits.latency < self.lowest:
-            raise hap.HapError("the budget cannot be reached", expected="more", got="less")
+            raise unreachable(self.plan.small, self.plan.dense, limits)
         self.limits.append(limits.latency)
         dense, small = (
             dataclasses.replace(cost, latency=time)
@@ -137,3 +138,17 @@ def test_the_clock_times_the_plan_s_model(plan: hap.Plan, monkeypatch: pytest.Mo
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     assert clock(model, (torch.rand(2, 6),), {})(plan) > 0
     assert seen == [plan.dense.params, plan.small.params]
+
+
+def test_a_table_that_is_too_slow_does_not_refuse_a_goal_that_the_clock_meets(plan: hap.Plan) -> None:
+    def decide(limits: Budget) -> hap.Plan:
+        assert limits.latency is not None
+        if limits.latency < 0.9:  # by the table
+            raise unreachable(plan.small, plan.dense, limits)
+        return planner(limits)
+
+    planner = Planner(plan)
+    found = by_the_clock(decide, GOAL, lambda plan: 0.6 * share(plan.small, plan.dense))
+    assert found.options["latency_measured"] <= 0.8 * 1.02 and found.budget == GOAL
+    with pytest.raises(hap.HapError, match="cannot be reached"):
+        by_the_clock(decide, GOAL, lambda plan: share(plan.small, plan.dense))

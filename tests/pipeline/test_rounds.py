@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_the_time_of_all_rounds_is_a_share_of_the_dense_model_s() -> None:
         sensitivity = hap.measure(model, None, None, structure, criterion="magnitude")
         plan = hap.decide(structure, sensitivity, hap.Budget(params=0.9), implant_ratio=0)
         plan = dataclasses.replace(plan, options={**plan.options, "latency_measured": ratio})
-        model, whole = hap.apply(model, plan), joined(whole, plan, hap.Budget(latency=limit), 3)
+        model, whole = hap.apply(model, plan), joined(whole, plan, hap.Budget(latency=limit), 3, {})
     assert whole is not None and whole.options["latency_measured"] == pytest.approx(0.9 * 0.8 * 0.75)
 
 
@@ -142,3 +143,66 @@ def test_layers_that_had_as_many_heads_for_a_while(hidden: int, tmp_path: Path) 
     assert again == plan
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batches[0]).logits, second.model.eval()(**batches[0]).logits)
+
+
+def test_attention_that_a_round_has_opened_gets_narrow_heads_in_the_next() -> None:
+    """`nn.MultiheadAttention` is another class once it has lost heads; the plan is for the dense model's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = nn.Sequential(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0), nn.Linear(16, 3))
+    model, x = model.eval(), torch.rand(8, 5, 16)
+    batches = [(x, torch.zeros(8, 5, 3))]
+
+    def loss(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return (outputs - batch[1]).square().mean()
+
+    def cut(dense: nn.Module, part: hap.Budget, **more: Any) -> hap.Result:
+        options = {"implant_ratio": 0.6, "units": ["head"], **more}
+        return hap.prune(dense, batches, loss, part, **options)
+
+    result, _ = in_rounds(model, hap.Budget(heads=0.6), 2, cut, lambda *_: None, units=["head"])
+    assert [name for name, _ in result.plan.narrowed.items()] == ["0.self_attn"]
+    assert result.plan.options["units"] == ["head"]
+    torch.testing.assert_close(hap.apply(model, result.plan, batches)(x).shape, result.model(x).shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"units": ("head",)}])
+def test_a_budget_that_an_earlier_round_has_met_is_no_more(settings: dict[str, Any]) -> None:
+    """Of two heads in each layer one is left after the first round: in the second there are no units of the kind."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    batches = tiny_bert(16)[1]
+    options = {"criterion": "magnitude", "mode": "paper", "implant_ratio": 0.0, **settings}
+    cut = lambda dense, part, **more: hap.prune(dense, batches, None, part, **{**options, **more})  # noqa: E731
+    result, _ = in_rounds(model, hap.Budget(heads=0.5), 2, cut, lambda *_: None, **settings)
+    assert result.plan.small.heads == result.plan.dense.heads / 2
+    with pytest.raises(hap.HapError, match=r"heads kept >= 0\.5000"):
+        in_rounds(model, hap.Budget(heads=0.3), 2, cut, lambda *_: None, **settings)
+
+
+def test_the_widths_that_were_asked_for_are_on_record(model: nn.Module, data: zoo.DataSplits) -> None:
+    asked = {"minimum": {"*": 0.25}, "implant_ratio": 0.0}
+
+    def cut(dense: nn.Module, part: hap.Budget, **more: Any) -> hap.Result:
+        return hap.prune(dense, data.calibration, None, part, criterion="magnitude", **{**asked, **more})
+
+    result, _ = in_rounds(model, hap.Budget(params=0.6), 2, cut, lambda *_: None, **asked)
+    assert result.plan.options["minimum"] == {"*": 0.25} and result.plan.options["maximum"] == {}
+
+
+def test_what_can_be_reached_is_said_of_the_dense_model(model: nn.Module, data: zoo.DataSplits) -> None:
+    """A later round finds out; what it can reach itself would mislead."""
+    settings = {"minimum": {"*": 0.7}, "implant_ratio": 0.0}
+
+    def cut(dense: nn.Module, part: hap.Budget, **more: Any) -> hap.Result:
+        return hap.prune(dense, data.calibration, None, part, criterion="magnitude", **{**settings, **more})
+
+    with pytest.raises(hap.HapError, match="cannot be reached") as once:
+        cut(model, hap.Budget(params=0.3))
+    with pytest.raises(hap.HapError, match="cannot be reached") as later:
+        in_rounds(model, hap.Budget(params=0.3), 4, cut, lambda *_: None, **settings)
+    found = [float(re.findall(r"params kept >= ([\d.]+)", str(error.value))[0]) for error in (once, later)]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)

@@ -133,7 +133,7 @@ def test_a_latency_budget(
     model: nn.Module, data: zoo.DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layers are timed here, and the times kept; the whole model is timed at the end, here by a constant clock."""
-    monkeypatch.setattr("hap.pipeline.stages.clock", lambda *_: lambda plan: 0.5)
+    monkeypatch.setattr("hap.pipeline.stages.clock", lambda *_: lambda plan: 0.8)
     cache = tmp_path / "latency.json"
     budget = hap.Budget(latency=0.8)
     result = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
@@ -141,7 +141,7 @@ def test_a_latency_budget(
     assert 0 < result.plan.small.latency <= 0.8 * result.plan.dense.latency
     again = hap.prune(model, data.calibration, None, budget, samples=64, latency_batch=100, latency_cache=cache)
     assert again.plan == result.plan
-    assert result.plan.options["latency_measured"] == 0.5 and result.plan.budget == budget
+    assert result.plan.options["latency_measured"] == 0.8 and result.plan.budget == budget
     with pytest.raises(hap.HapError, match="latency_batch is out of range"):
         hap.prune(model, data.calibration, None, budget, latency_batch=0)
 
@@ -150,3 +150,42 @@ def test_a_budget_can_be_of_another_model(model: nn.Module, data: zoo.DataSplits
     first = hap.prune(model, data.calibration, None, hap.Budget(params=0.7), samples=64, implant_ratio=0)
     second = hap.prune(first.model, data.calibration, None, hap.Budget(params=0.5), samples=64, after=first.plan)
     assert 0.495 <= second.plan.small.params / first.plan.dense.params <= 0.5
+
+
+def test_a_budget_of_latency_can_be_of_another_model(
+    model: nn.Module, data: zoo.DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the clock said of it: two tables may be of a quiet and of a busy machine."""
+    settings = {"samples": 64, "implant_ratio": 0, "criterion": "magnitude"}
+    monkeypatch.setattr("hap.pipeline.stages.clock", lambda *_: lambda plan: 0.8)
+    first = hap.prune(model, data.calibration, None, hap.Budget(params=0.7, latency=1.0), **settings)
+    seen = []
+
+    def noted(decide: Any, limits: hap.Budget, measured: Any) -> hap.Plan:
+        seen.append(limits)
+        return decide(limits)
+
+    monkeypatch.setattr("hap.pipeline.stages.by_the_clock", noted)
+    hap.prune(first.model, data.calibration, None, hap.Budget(params=0.6, latency=0.9), after=first.plan, **settings)
+    assert seen[0].latency == pytest.approx(0.9 / 0.8)
+    first = hap.prune(model, data.calibration, None, hap.Budget(params=0.7), **settings)
+    with pytest.raises(hap.HapError, match="nothing says how much faster"):
+        hap.prune(first.model, data.calibration, None, hap.Budget(latency=0.6), after=first.plan, **settings)
+
+
+def test_a_budget_of_what_is_not_there_is_refused_before_anything_is_measured(
+    model: nn.Module, data: zoo.DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hap.pipeline.stages.measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(hap.HapError, match="no attention heads"):
+        hap.prune(model, data.calibration, None, hap.Budget(heads=0.5))
+
+
+@pytest.mark.parametrize("joint", ["auto", False])
+def test_a_model_without_units_gets_implants(joint: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 12))
+    x = torch.randn(256, 4) @ torch.randn(4, 48)  # of rank 4: as many filters can stand for all
+    result = hap.prune(model, [(x, torch.arange(256) % 12)], None, hap.Budget(params=0.6), joint=joint)
+    assert not result.structure.families and result.plan.implants and result.verification.ok
+    assert result.plan.small.params <= 0.6 * result.plan.dense.params

@@ -14,9 +14,11 @@ from torch import nn
 
 import hap
 from hap import Budget, HapError, decide
+from hap.batches import device_of
 from hap.implants import FORMS, Option
 from hap.planning import Latency, latency_profile, time_layers, ways
-from hap.planning.latency_cache import LatencyCache
+from hap.planning.latency_cache import LatencyCache, describe, processor
+from hap.planning.latency_parts import Timed
 from hap.planning.latency_table import Grid, LatencyTable
 
 
@@ -421,3 +423,19 @@ def test_a_real_measurement(memory) -> None:
     assert table.joins["2"].at(4, 1) > 0 and not table.implants.get("0")
     assert all(np.array(grid.milliseconds).min() > 0 for grid in table.implants["2"].values())
     assert len(table.layers["2"].rows) > 1  # its filters may not leave, but be implanted
+
+
+def test_the_device_of_a_cache_names_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that share a home directory do not share times."""
+    monkeypatch.setattr(
+        "hap.planning.latency_cache.Path.read_text", lambda *_, **__: "x: y\nmodel name\t: Tin 3 @ 1 Hz"
+    )
+    processor.cache_clear()
+    assert processor() == "Tin 3 @ 1 Hz" and "cpu Tin 3 @ 1 Hz, " in describe(torch.device("cpu"))
+    processor.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_timed_part_without_weights_says_where_it_runs(device: str) -> None:
+    """A GPU is waited for only where the part is known to run on one."""
+    assert device_of(Timed(nn.ReLU(), (torch.empty(3, device=device),))) == torch.device(device)

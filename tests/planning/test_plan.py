@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -193,3 +194,13 @@ def test_a_latency_may_be_over_that_of_the_dense_model() -> None:
     for latency in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(HapError, match=r"(?s)budget latency is out of range.*over 0"):
             Budget(latency=latency)
+
+
+def test_the_words_of_a_plan_are_the_clock_s_where_it_has_spoken(plan) -> None:
+    timed = dataclasses.replace(
+        plan,
+        dense=dataclasses.replace(plan.dense, latency=2.0),
+        small=dataclasses.replace(plan.small, latency=3.0),
+    )
+    assert "latency 1.50x" in repr(timed)
+    assert "latency 0.80x" in repr(dataclasses.replace(timed, options={"latency_measured": 0.8}))

@@ -131,7 +131,7 @@ def _heads(structure: Structure, family: Family, layers: dict[str, Layer]) -> It
 def _around(structure: Structure, layers: Sequence[Layer]) -> str:
     """The innermost module that holds these layers, and calls them rather than being one."""
     own = {layer.module for layer in layers}
-    if len(own) == 1 and structure.modules[layers[0].module] == "MultiheadAttention":
+    if len(own) == 1 and structure.modules[layers[0].module] in ("MultiheadAttention", "OpenAttention"):
         return layers[0].module
     paths = [layer.module.split(".")[:-1] for layer in layers]
     return ".".join(commonprefix(paths))

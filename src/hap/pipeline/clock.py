@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from hap.errors import HapError
 from hap.pipeline.together import by_the_first
 from hap.planning import Plan, measure_latency
+from hap.planning.budget import Unreachable
 from hap.surgery import apply
 from hap.types import Budget
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 TRIES = 5
 TURNS, SECONDS = 100, 5.0  # of the dense and the small model, at most
 TOLERANCE = 0.02  # of the goal: what the clock itself is unsure of
+LOOSER = 1.5  # than the goal: the limit for a table that says that it cannot be met
 ROOM = 0.05  # of the goal: less time left over is not worth another decision
 
 
@@ -40,21 +41,29 @@ def by_the_clock(decide: Callable[[Budget], Plan], limits: Budget, measured: Cal
         Its budget is `limits`, and ``latency_measured`` is among its options.
 
     Raises:
-        HapError: no plan meets `limits` by the table.
+        HapError: no plan meets `limits`, neither by the table nor by the clock.
     """
     assert limits.latency is not None
-    goal, plan = limits.latency, decide(limits)
+    goal = limit = float(limits.latency)
+    refused: Unreachable | None = None
+    try:
+        plan = decide(limits)
+    except Unreachable as error:  # by the table, which may be wrong of the whole model
+        refused, limit = error, goal * LOOSER
+        plan = decide(dataclasses.replace(limits, latency=limit))
     if not plan.implants and not any(decision.prune for decision in plan.decisions.values()):
         return _noted(plan, limits, 1.0)
-    tried = [_Try(goal, plan, measured(plan))]
-    while len(tried) < TRIES and (limit := _next(tried, goal)) is not None:
-        log.info("the model takes %.2f of the dense one's time; deciding again for %.2f", tried[-1].ratio, limit)
+    tried = [_Try(limit, plan, measured(plan))]
+    while len(tried) < TRIES and (following := _next(tried, goal)) is not None:
+        log.info("the model takes %.2f of the dense one's time; deciding again for %.2f", tried[-1].ratio, following)
         try:
-            plan = decide(dataclasses.replace(limits, latency=limit))
-        except HapError:  # so little cannot be had
+            plan = decide(dataclasses.replace(limits, latency=following))
+        except Unreachable:  # so little cannot be had
             break
-        tried.append(_Try(limit, plan, measured(plan)))
+        tried.append(_Try(following, plan, measured(plan)))
     met = [one for one in tried if one.meets(goal)]
+    if refused and not met:
+        raise refused
     best = max(met, key=lambda one: one.limit) if met else min(tried, key=lambda one: one.ratio)
     if not met:
         log.warning("the model takes %.2f of the dense one's time; the goal was %.2f", best.ratio, goal)

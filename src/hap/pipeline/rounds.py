@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -56,18 +56,18 @@ def in_rounds(
         One result for the dense model: its structure, its sensitivity and one plan, with the last round's
         verification, which is exact if every round's is; and what `train_` returned, round by round.
     """
-    results: list[Result] = []
+    first: Result | None = None
     notes: list[T] = []
     whole: Plan | None = None
+    exact = True
     for number, part in enumerate(schedule(budget, rounds), start=1):
-        before = results[-1].model if results else model
-        results.append(cut(before, part, **round_settings(whole, settings, last=number == rounds)))
-        whole = joined(whole, results[-1].plan, part, rounds)
-        notes.append(train_(results[-1].model, before, results[-1]))
-    first, last = results[0], results[-1]
-    assert whole is not None  # there is a round
-    proof = dataclasses.replace(last.verification, exact=all(result.verification.exact for result in results))
-    return dataclasses.replace(first, model=last.model, plan=whole, verification=proof), tuple(notes)
+        result = cut(model, part, **round_settings(whole, settings, last=number == rounds))
+        whole = joined(whole, result.plan, part, rounds, settings)
+        notes.append(train_(result.model, model, result))
+        first, model, exact = first or result, result.model, exact and result.verification.exact
+    assert first is not None and whole is not None  # there is a round
+    proof = dataclasses.replace(result.verification, exact=exact)
+    return dataclasses.replace(first, model=model, plan=whole, verification=proof), tuple(notes)
 
 
 def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: bool) -> dict[str, Any]:
@@ -79,19 +79,34 @@ def round_settings(whole: Plan | None, settings: Mapping[str, Any], *, last: boo
         last: whether implants may come.
     """
     more: dict[str, Any] = {} if last else {"implant_ratio": 0.0}
-    return more if whole is None else {**more, "after": whole, **_widths(whole, settings)}
+    if whole is None:
+        return more
+    return {**more, "after": whole, **_widths(whole, settings), **_units(whole, settings.get("units"))}
 
 
-def joined(whole: Plan | None, plan: Plan, budget: Budget, rounds: int) -> Plan:
+def joined(whole: Plan | None, plan: Plan, budget: Budget, rounds: int, settings: Mapping[str, Any]) -> Plan:
     """One plan for the dense model: the rounds before, and the plan of this one, which met `budget`.
 
-    Each round measured its time against the model that it was given: together they took the product.
+    Each round measured its time against the model that it was given: together they took the product. On record are
+    the widths and the kinds of units that were asked for, not what this round made of them.
     """
-    options = {**plan.options, "iterations": rounds}
+    asked: dict[str, Any] = {name: dict(settings.get(name) or {}) for name in ("minimum", "maximum")}
+    if settings.get("units") is not None:
+        asked["units"] = list(settings["units"])
+    options = {**plan.options, "iterations": rounds, **asked}
     if whole is not None and "latency_measured" in options:
         options["latency_measured"] = round(whole.options["latency_measured"] * options["latency_measured"], 3)
     plan = plan if whole is None else compose(whole, plan)
     return dataclasses.replace(plan, budget=budget, options=options)
+
+
+def _units(whole: Plan, units: Iterable[str] | None) -> dict[str, Any]:
+    """The kinds of units that may leave still; where there is none any more, nothing may."""
+    if units is None:
+        return {}
+    left = {f.kind for f in whole.structure.families if len(whole.decisions[f.name].keep) > 1}
+    found = [kind for kind in units if kind in left]
+    return {"units": found} if found else {"units": None, "protect": ("*",)}
 
 
 def _widths(whole: Plan, settings: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -17,11 +17,13 @@ from hap.errors import HapError
 from hap.implants import Option, head_options, options
 from hap.pipeline.clock import by_the_clock, clock
 from hap.pipeline.kept import once
+from hap.pipeline.rescaled import rescaled, since
 from hap.pipeline.together import by_the_first
 from hap.planning import CostModel, Joint, Mode, Plan, Widths, checked, decide, inside, time_layers, ways
+from hap.planning.budget import Unreachable, check_measured, unreachable
 from hap.structure import trace
 from hap.surgery import apply, verify
-from hap.types import Budget, Cost, Progress, Sensitivity, Structure, Verification, silent
+from hap.types import Budget, Progress, Sensitivity, Structure, Verification, silent
 
 T = TypeVar("T")
 PAIRS = 8192  # units of which the matrix of all pairs, 8 bytes each, is measured unasked: half a gigabyte
@@ -123,11 +125,13 @@ def prune(
 
     batch = _at_least_one(latency_batch)
     checked(structure, **choice)  # before anything is measured
+    counted = {name: limit for name, limit in budget.limits.items() if name != "latency"}
+    if after is None and counted:
+        check_measured(Budget(**counted), CostModel(structure).dense)
 
     def choose() -> tuple[Sensitivity, Plan]:
-        limits, table = budget, None
-        if after is not None:
-            limits = _rescaled(budget, after, CostModel(structure).dense)
+        dense, table = CostModel(structure).dense, None
+        limits = budget if after is None else rescaled(budget, after, dense)
         sensitivity = measure(
             model,
             data,
@@ -135,7 +139,8 @@ def prune(
             structure,
             criterion=criterion,
             samples="auto" if samples == "auto" else most,
-            keep=_kept(limits) if samples == "auto" else None,
+            # near enough to the fraction of units
+            keep=min(1.0, *limits.limits.values()) if samples == "auto" else None,
             cap=CAP,
             draws=draws,
             seed=seed,
@@ -146,17 +151,24 @@ def prune(
         forms = _forms(model, structure, data, fit, choice, ignore, progress) if implant_ratio else {}
         inputs = arguments(resized(data[0], batch))
         if budget.latency is not None:
-            timed = ways(structure, forms, mode=mode)
+            timed = ways(structure, forms, mode=mode) if implant_ratio else {}
             table = by_the_first(
                 lambda: time_layers(model, structure, *inputs, implants=timed, cache=latency_cache, progress=progress)
             )
-        if after is not None:
-            limits = _rescaled(budget, after, CostModel(structure, table).dense)
 
         def decided(within: Budget) -> Plan:
-            return decide(structure, sensitivity, within, options=forms, latency=table, **choice)
+            try:
+                return decide(structure, sensitivity, within, options=forms, latency=table, **choice)
+            except Unreachable as error:
+                if after is None:
+                    raise
+                least = since(after, error.least, CostModel(structure, table).dense)
+                raise unreachable(least, after.dense, budget, implants=error.implants) from None
 
-        plan = decided(limits) if table is None else by_the_clock(decided, limits, clock(model, *inputs))
+        def timed_plan() -> Plan:
+            return by_the_clock(decided, limits, clock(model, *inputs))
+
+        plan = decided(limits) if table is None else by_the_first(timed_plan)
         counted = {} if table is None else {"latency_batch": batch}
         return sensitivity, dataclasses.replace(plan, options={**plan.options, **counted, "seed": seed})
 
@@ -259,40 +271,6 @@ def _at_least_one(count: int) -> int:
     if count < 1:
         raise HapError("latency_batch is out of range", expected="an integer of at least 1", got=repr(count))
     return count
-
-
-def _kept(budget: Budget) -> float:
-    """Near enough to the fraction of units that stay."""
-    return min(1.0, *budget.limits.values())
-
-
-def _rescaled(budget: Budget, after: Plan, now: Cost) -> Budget:
-    """The budget as fractions of a model that is smaller than the one it was written for."""
-    of = after.dense
-    ratios = {"params": of.params / now.params, "macs": of.macs / max(1, now.macs)}
-    if of.latency is not None and now.latency is not None:
-        ratios["latency"] = of.latency / now.latency
-    limits = {name: limit * ratios.get(name, 1.0) for name, limit in budget.limits.items() if name != "heads"}
-    limits = {name: limit if name == "latency" else min(1.0, limit) for name, limit in limits.items()}
-    if budget.heads is not None:
-        limits["heads"] = _heads_left(budget.heads, after, now)
-    return Budget(**limits)
-
-
-def _heads_left(limit: float, after: Plan, now: Cost) -> float:
-    """What may remain of the heads that are units: one that is alone in its layer is none any more, but it counts."""
-    alone = max(0, after.small.heads - now.heads)
-    may = limit * after.dense.heads - alone
-    if may > 0 and now.heads:
-        return min(1.0, may / now.heads)
-    if may >= 0 and not now.heads:
-        return 1.0
-    raise HapError(
-        "the budget cannot be reached: every layer keeps a head",
-        expected=f"heads kept >= {alone / after.dense.heads:.4f}",
-        got=f"heads {limit}",
-        remedy="keep more",
-    )
 
 
 def step(progress: Progress, description: str, work: Callable[[], T]) -> T:

@@ -58,7 +58,24 @@ def check_measured(budget: Budget, dense: Cost) -> None:
         )
 
 
-def unreachable(least: Cost, dense: Cost, budget: Budget, *, implants: bool = False) -> HapError:
+def rounded_up(share: float) -> float:
+    """To four digits, so that to ask for what is written works."""
+    return min(math.ceil(share * 1e4) / 1e4, 1.0)
+
+
+class Unreachable(HapError):
+    """A budget is broken by all that was tried.
+
+    Attributes:
+        least: of each quantity, the least that was found.
+        implants: whether they were tried too.
+    """
+
+    least: Cost
+    implants: bool
+
+
+def unreachable(least: Cost, dense: Cost, budget: Budget, *, implants: bool = False) -> Unreachable:
     """The error where a budget is broken by all that was tried.
 
     Args:
@@ -68,12 +85,13 @@ def unreachable(least: Cost, dense: Cost, budget: Budget, *, implants: bool = Fa
         implants: whether they were tried too.
     """
     found = {name: min(value, 1.0) for name, value in fractions(least, dense).items()}  # the dense model is one of them
-    apart = all(found[name] <= limit for name, limit in budget.limits.items())
+    apart = all(found.get(name, 0.0) <= limit for name, limit in budget.limits.items())
     allow = "" if implants else "allow implants, "
-    return HapError(
+    error = Unreachable(
         "the budget cannot be reached" + (": each part of it can, but not all of them at once" if apart else ""),
-        # rounded up, so that to ask for what is written here works
-        expected=", ".join(f"{k} kept >= {min(math.ceil(v * 1e4) / 1e4, 1.0):.4f}" for k, v in found.items()),
+        expected=", ".join(f"{k} kept >= {rounded_up(v):.4f}" for k, v in found.items()),
         got=", ".join(f"{k} {v}" for k, v in budget.limits.items()),
         remedy=f"keep more, {allow}loosen floor, minimum, protect or round_to, or include inexact families",
     )
+    error.least, error.implants = least, implants
+    return error

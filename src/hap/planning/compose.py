@@ -64,7 +64,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     masks = {
         family.name: np.isin(np.arange(family.size), list(gone[family.name])) for family in first.structure.families
     }
-    small = dataclasses.replace(CostModel(first.structure)(masks, implants), latency=second.small.latency)
+    small = dataclasses.replace(CostModel(first.structure)(masks, implants), latency=_latency(first, second))
     return dataclasses.replace(
         second,
         structure=first.structure,
@@ -74,6 +74,15 @@ def compose(first: Plan, second: Plan) -> Plan:
         small=small,  # by the dense model's families: heads that are alone in their layer are none of the second's
         predicted=predicted,
     )
+
+
+def _latency(first: Plan, second: Plan) -> float | None:
+    """By two tables, each of which is sure of shares only: they may be of other days."""
+    times = first.small.latency, second.small.latency, second.dense.latency
+    if any(time is None for time in times):
+        return None
+    before, small, dense = times
+    return before * small / dense  # type: ignore[operator]
 
 
 def _left(plan: Plan) -> dict[Key, list[int]]:

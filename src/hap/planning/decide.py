@@ -97,6 +97,7 @@ def decide(
         skipped=sensitivity.skipped,
     )
     together = mode == "optimal" and (sensitivity.gram is not None if joint == "auto" else joint)
+    together = together and bool(structure.families)  # implants alone need no pairs
     if not (mode == "optimal" and implant_ratio and options):  # implants alone may meet the budget
         _check_prunable(structure, sensitivity, inexact)
     cost = CostModel(structure, latency)

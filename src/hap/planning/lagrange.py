@@ -38,7 +38,7 @@ def _forms(problem: Problem, prices: Prices, rate: float, gain: np.ndarray) -> t
     """For each layer the best option, and what it gains for each block; nothing where no option is worth it."""
     option, chosen = [], []
     for layer, price, entry in zip(problem.layers, prices.block, prices.entry, strict=True):
-        removal = np.where(layer.owner >= 0, np.maximum(gain[layer.owner], 0.0), 0.0)
+        removal = np.maximum(np.append(gain, 0.0)[layer.owner], 0.0)  # filters that are no unit's: owner -1
         gains = np.maximum(rate * price[:, None] - layer.rise, 0.0)
         worth = np.maximum(gains - removal, 0.0).sum(1) - rate * entry
         best = int(worth.argmax())

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,13 +81,12 @@ def measure_latency(
 
 
 def _time(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    cuda = device_of(model).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
+    device = device_of(model)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     model(*args, **kwargs)
-    if cuda:
-        torch.cuda.synchronize()
+    wait()
     return 1000 * (time.perf_counter() - start)
 
 

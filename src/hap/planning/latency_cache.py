@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -68,8 +69,19 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{device.type} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        name = f"{device.type} {processor()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+@cache
+def processor() -> str:
+    """The processor's model, for one machine's times are not another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux, where Python's word for it is the architecture alone
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

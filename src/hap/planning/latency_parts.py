@@ -41,6 +41,8 @@ class Timed(nn.Module):
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.module, self.args, self.kwargs = module, args, dict(kwargs or {})
+        here = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None)
+        self.register_buffer("here", torch.empty(0, device=here), persistent=False)  # says where it runs
 
     def forward(self) -> Any:
         """Calls it."""

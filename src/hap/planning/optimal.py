@@ -137,8 +137,9 @@ def _rounds(problem: Problem, exchange: Exchange) -> Iterator[State]:
 def _independent(problem: Problem, at: Prices, exchange: Exchange) -> tuple[State, State]:
     """The choices at the two rates between which the budget is met."""
     # equal units leave in order, not all at once
-    units = len(problem.score)
-    rises = problem.score + TIES * max(float(problem.score.mean()), 1e-30) * np.arange(1, units + 1) / units
+    units = max(1, len(problem.score))
+    least = TIES * max(float(problem.score.sum()) / units, 1e-30)
+    rises = problem.score + least * np.arange(1, len(problem.score) + 1) / units
     low, high = rates(problem, at, rises)
     over, under = best_at(problem, at, low, rises), best_at(problem, at, high, rises)
     for _ in range(HALVINGS):

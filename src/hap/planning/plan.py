@@ -75,8 +75,10 @@ class Plan:
         gone = sum(len(decision.prune) for decision in self.decisions.values())
         units = gone + sum(len(decision.keep) for decision in self.decisions.values())
         implanted = sum(len(implant.indices) for implant in self.implants.values())
-        parts = fractions(self.small, self.dense).items()
-        kept = ", ".join(f"{'MACs' if name == 'macs' else name} {part:.2f}x" for name, part in parts)
+        parts = fractions(self.small, self.dense)
+        if "latency_measured" in self.options:  # the table's word is for the planner alone
+            parts["latency"] = self.options["latency_measured"]
+        kept = ", ".join(f"{'MACs' if name == 'macs' else name} {part:.2f}x" for name, part in parts.items())
         return f"Plan(prunes {gone:,} of {units:,} units, implants {implanted:,}, {kept})"
 
     @cached_property

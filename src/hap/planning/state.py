@@ -131,7 +131,8 @@ class State:
     def full(self, layer: int) -> np.ndarray:
         """A mask over the blocks of a layer: neither gone nor implanted."""
         owner = self.problem.layers[layer].owner
-        found: np.ndarray = ~(self.gone[owner] & (owner >= 0) | self.implanted[layer])
+        gone = np.append(self.gone, False)[owner]  # the last is for filters that are no unit's: their owner is -1
+        found: np.ndarray = ~(gone | self.implanted[layer])
         return found
 
     def shares(self) -> dict[str, Share]:
