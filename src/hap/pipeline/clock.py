@@ -12,7 +12,7 @@ from torch import nn
 
 from hap.pipeline.together import by_the_first
 from hap.planning import Plan, measure_latency
-from hap.planning.budget import Unreachable
+from hap.planning.budget import Unreachable, fractions
 from hap.surgery import apply
 from hap.types import Budget
 
@@ -84,9 +84,7 @@ class _Try:
     @property
     def share(self) -> float:
         """What the table says of the plan."""
-        small, dense = self.plan.small.latency, self.plan.dense.latency
-        assert small is not None and dense is not None
-        return small / dense
+        return fractions(self.plan.small, self.plan.dense)["latency"]
 
 
 def _next(tried: list[_Try], goal: float) -> float | None:

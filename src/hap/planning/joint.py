@@ -56,7 +56,7 @@ class Greedy:
         left = problem.most.copy()
         closed = left[family] == 0
         inverse, barrier = _open(price, closed)
-        forced = _forced(problem)
+        forced = problem.lowest(problem.least).tolist()  # these leave in any case
         following = iter(blocks)
         block = next(following, None)
         while True:
@@ -105,14 +105,6 @@ def _open(price: np.ndarray, closed: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """One over the prices; and what keeps a unit from being chosen that has left already, or saves nothing."""
     shut = closed | (price <= 0)
     return np.where(shut, 0.0, 1 / np.maximum(price, TINY)), np.where(shut, np.inf, 0.0)
-
-
-def _forced(problem: Problem) -> list[int]:
-    """The units that leave in any case: of each family the least sensitive."""
-    found: list[int] = []
-    for span, least in zip(problem.spans(), problem.least.tolist(), strict=True):
-        found += (span.start + np.argsort(problem.score[span], kind="stable")[:least]).tolist()
-    return found
 
 
 @dataclass(frozen=True)

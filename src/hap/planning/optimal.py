@@ -60,8 +60,7 @@ def _best(problem: Problem, exchange: Exchange) -> list[State]:
 def _start(problem: Problem) -> State:
     """Everything kept but what leaves in any case."""
     state = State(problem)
-    for span, least in zip(problem.spans(), problem.least.tolist(), strict=True):
-        state.remove(span.start + np.argsort(problem.score[span], kind="stable")[:least])
+    state.remove(problem.lowest(problem.least))
     return state
 
 
@@ -88,8 +87,7 @@ def _lowest(problem: Problem, cost: CostModel, exchange: Exchange) -> State:
 def _bare(problem: Problem) -> State:
     """All units that may leave have left."""
     state = State(problem)
-    for span, most in zip(problem.spans(), problem.most.tolist(), strict=True):
-        state.remove(span.start + np.argsort(problem.score[span], kind="stable")[:most])
+    state.remove(problem.lowest(problem.most))
     return state
 
 

@@ -80,6 +80,12 @@ class Problem:
         """The units of each family."""
         return (slice(a, b) for a, b in zip(self.start[:-1].tolist(), self.start[1:].tolist(), strict=True))
 
+    def lowest(self, counts: np.ndarray) -> np.ndarray:
+        """So many units of each family, the least sensitive ones."""
+        orders = (span.start + np.argsort(self.score[span], kind="stable") for span in self.spans())
+        found = [order[:count] for order, count in zip(orders, counts.tolist(), strict=True)]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *found])
+
     def fewer(self, family: int, gone: int) -> int:
         """How many units leave of a family that is one step narrower, `gone` if it is as narrow as can be."""
         size = int(self.start[family + 1] - self.start[family])
