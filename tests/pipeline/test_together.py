@@ -54,6 +54,16 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_first_process_alone_decides_by_the_clock(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("sklearn")
+    both = launch(tmp_path / "both", "clock", count=2)
+    assert both.returncode == 0, both.stderr[-3000:]
+    first, second = (read(tmp_path / "both" / f"{rank}.json") for rank in range(2))
+    assert first["plan"] == second["plan"] and first["plan"]["options"]["latency_measured"] > 0
+
+
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("sklearn")

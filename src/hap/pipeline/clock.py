@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from hap.pipeline.together import by_the_first
 from hap.planning import Plan, measure_latency
 from hap.planning.budget import Unreachable, fractions
 from hap.surgery import apply
@@ -102,14 +101,14 @@ def _next(tried: list[_Try], goal: float) -> float | None:
 
 
 def clock(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Plan], float]:
-    """What times the model of a plan against the dense one, on these inputs; of several processes in the first."""
+    """What times the model of a plan against the dense one, on these inputs."""
 
     def ratio(plan: Plan) -> float:
         small = apply(model, plan, init="zeros")  # what a weight holds takes no time
         found = measure_latency({"dense": model, "small": small}, args, kwargs, runs=TURNS, seconds=SECONDS)
         return found["small"].least / found["dense"].least  # on a busy machine medians are of what else it does
 
-    return lambda plan: by_the_first(lambda: ratio(plan))
+    return ratio
 
 
 def _noted(plan: Plan, limits: Budget, ratio: float) -> Plan:
