@@ -164,3 +164,13 @@ def test_only_what_hap_has_written_is_replaced(tmp_path) -> None:
     with pytest.raises(HapError, match="was not written by hap"), fresh_directory(tmp_path, overwrite=True):
         pass
     assert contents(tmp_path) == {"thesis.tex": "mine"}
+
+
+def test_weights_are_for_whoever_may_read_the_rest(tmp_path: Path) -> None:
+    with fresh_directory(tmp_path / "out") as staging:
+        (staging / "dense").mkdir()
+        for file in (staging / "plan.json", staging / "dense" / "model.safetensors"):
+            file.write_text("x")
+        file.chmod(0o600)  # as safetensors does
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*.*")}
+    assert modes[".safetensors"] == modes[".json"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from typer.testing import CliRunner
 import hap
 from hap import zoo
 from hap.cli import app
+from hap.cli.jobs import Job, _dense_spec, same_inputs
 from hap.cli.sources import load_model, normalisation
+from hap.pretrained import save_dense
+from hap.zoo.splits import IMAGENET
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -449,3 +453,48 @@ def test_images_are_normalised_as_the_model_was_trained_with(tmp_path: Path) -> 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert normalisation(f"hf:{tmp_path}") == half
     assert normalisation("zoo:resnet50") is None
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
+    assert normalisation(f"hf:{tmp_path}") == zoo.Normalisation(255, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_how_images_are_normalised_is_written_with_the_model(tmp_path: Path) -> None:
+    """Also of one that was pruned, and trained on twice."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    dense, trained = tmp_path / "dense", tmp_path / "trained"
+    transformers.ViTForImageClassification(config).save_pretrained(dense)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (dense / "preprocessor_config.json").write_text(json.dumps(settings))
+    trained.mkdir()
+    save_dense(load_model(f"hf:{dense}", None, 3), trained, None, dense)
+    assert normalisation(f"hf:{trained}") == zoo.Normalisation(255, (0.5,) * 3, (0.25,) * 3)
+    for name, options in (("a", {"model": f"hf:{trained}"}), ("b", {"model": f"hap:{tmp_path / 'a'}", "dense": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "finetune.json").write_text(json.dumps({"options": options}))
+    assert _dense_spec(tmp_path / "b") == f"hf:{trained}"
+
+
+def test_a_teacher_reads_what_the_student_reads() -> None:
+    data = zoo.load_data("digits", limit=20)
+    student = Job(torch.nn.Linear(2, 2), data)
+    same_inputs(student, Job(torch.nn.Linear(2, 2), data, normalisation=IMAGENET))
+    with pytest.raises(hap.HapError, match="images are normalised otherwise"):
+        same_inputs(student, Job(torch.nn.Linear(2, 2), data, normalisation=zoo.Normalisation(255, (0.5,), (0.5,))))
+    words = [SimpleNamespace(get_vocab=lambda v=v: v) for v in ({"a": 0}, {"b": 0})]
+    with pytest.raises(hap.HapError, match="tokens are others"):
+        same_inputs(*(Job(torch.nn.Linear(2, 2), data, tokenizer=found) for found in words))
+
+
+def test_a_users_file_is_like_any_script(tmp_path: Path) -> None:
+    """With dataclasses, and imports of what lies beside it, also late ones."""
+    (tmp_path / "beside_it.py").write_text("WIDTH = 3\n")
+    (tmp_path / "my_net.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass, field\nfrom torch import nn\n\n"
+        "@dataclass\nclass Config:\n    width: int = 3\n\n"
+        "def build():\n    from beside_it import WIDTH\n    return nn.Linear(Config().width, WIDTH)\n"
+    )
+    before = list(sys.path)
+    assert load_model(f"{tmp_path / 'my_net.py'}:build", None, 3).out_features == 3
+    assert sys.path == before

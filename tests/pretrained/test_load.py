@@ -87,7 +87,7 @@ def test_a_tokenizer_that_does_not_fit(tiny_bert: Path, tmp_path: Path) -> None:
     assert error.value.got == "22 tokens"
 
 
-def test_images(tmp_path: Path) -> None:
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
     )
@@ -95,6 +95,10 @@ def test_images(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
     model = load_image_classifier(tmp_path, 10)
     assert model(torch.zeros(1, 3, 8, 8)).logits.shape == (1, 10)
+    (tmp_path / "plan.json").write_text("{}")
+    with monkeypatch.context() as home, pytest.raises(HapError, match="is a pruned model"):
+        home.setenv("HOME", str(tmp_path.parent))
+        load_image_classifier(f"~/{tmp_path.name}", 10)
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,14 @@ def test_texts_are_trained_on_as_usual_for_texts(tmp_path: Path) -> None:
     assert (recipe.dense.train.optimizer, recipe.dense.train.lr) == ("adamw", 1e-5)
     slow = recipes.read(path, ["finetune.optimizer=sgd", "dense.train=null"])
     assert (slow.finetune.optimizer, slow.finetune.lr, slow.dense.train) == ("sgd", None, None)  # AdamW's is its own
+
+
+def test_null_is_for_what_is_usual(tmp_path: Path) -> None:
+    path = tmp_path / "texts.yaml"
+    path.write_text("title: x\nmodel: hf:some\ndata: {name: glue/mrpc}\nbudget: {heads: 0.5}\n")
+    recipe = recipes.read(path, ["finetune.optimizer=null", "finetune.lr=null"])
+    assert (recipe.finetune.optimizer, recipe.finetune.lr) == ("adamw", 5e-5)
+
+
+def test_limit_makes_nothing_larger(recipe_file: Path) -> None:
+    assert recipes.read(recipe_file, ["measure.samples=null"], limit=20_000).measure.samples is None

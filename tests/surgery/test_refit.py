@@ -270,3 +270,24 @@ def test_refuses_another_model_and_no_data(setting) -> None:
         hap.refit_(small, model, plan, [])
     with pytest.raises(hap.HapError, match="has no implant"):
         hap.refit_(model, model, plan, data)
+
+
+class LinearReLU(nn.Linear):
+    """Ends in an activation: what it puts out is no linear function of what it reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_layers_that_compute_something_else_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), LinearReLU(12, 8), nn.Linear(8, 3)).eval()
+    batches = [(torch.randn(64, 6), None)]
+    structure = hap.trace(model, (batches[0][0],))
+    plan = hap.decide(structure, sensitivity(structure), hap.Budget(params=0.7), implant_ratio=0)
+    assert plan.decisions[structure.families[0].name].prune
+    small = hap.apply(model, plan)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    hap.refit_(small, model, plan, batches)
+    changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and not any(name.startswith("2.") for name in changed)

@@ -14,6 +14,7 @@ from hap.errors import HapError
 from hap.planning import CostModel, Decision, Implant, Plan
 from hap.structure import trace
 from hap.surgery import apply, merge, verify
+from hap.surgery.verify import _relative_error
 from hap.types import Budget, Cost
 
 
@@ -204,3 +205,12 @@ def test_a_model_without_its_implants_is_an_error(net, plan, image) -> None:
         with pytest.raises(HapError, match="'stem' has no implant") as error:
             verify(net, small, plan, (image,))
         assert error.match("hap.apply")
+
+
+def test_masked_classes_do_not_differ() -> None:
+    """Logits of minus infinity in both, and nowhere else."""
+    want = torch.tensor([[1.0, -torch.inf, 2.0]])
+    assert _relative_error(want, want.clone()) == 0
+    assert _relative_error(want, torch.tensor([[1.5, -torch.inf, 2.0]])) == 0.25
+    for other in ([1.0, 0.0, 2.0], [-torch.inf, -torch.inf, 2.0], [1.0, torch.inf, 2.0], [1.0, torch.nan, 2.0]):
+        assert _relative_error(want, torch.tensor([other])) == torch.inf

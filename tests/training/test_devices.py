@@ -10,9 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DistributedSampler
 
 import hap
 from hap.training.devices import Accelerated, Share
+from hap.training.layout import wants_channels_last
 from hap.training.objective import Objective
 
 accelerate = pytest.importorskip("accelerate")
@@ -181,3 +183,21 @@ def test_processes_shuffle_alike_whatever_else_they_draw(tmp_path: Path) -> None
     for epoch in range(3):
         batches = [*first[2 * epoch : 2 * epoch + 2], *second[2 * epoch : 2 * epoch + 2]]
         assert sorted(x for batch in batches for x in batch) == list(range(60))
+
+
+def test_data_that_are_shared_out_already_are_refused(accelerator) -> None:
+    """Each process would read its share of its share."""
+    examples = torch.utils.data.TensorDataset(torch.rand(8, 2))
+    loader = torch.utils.data.DataLoader(examples, sampler=DistributedSampler(examples, num_replicas=2, rank=0))
+    for batches in (loader, accelerator().prepare(torch.utils.data.DataLoader(examples))):
+        assert Share(batches, 0, 1) is not None
+        with pytest.raises(hap.HapError, match="shared out among the processes already"):
+            Share(batches, 0, 2)
+
+
+def test_shards_are_contiguous() -> None:
+    model = torch.nn.Conv2d(3, 4, 3)
+    assert wants_channels_last(model, "auto", torch.device("cuda"))
+    assert not wants_channels_last(model, "auto", torch.device("cuda"), sharded=True)
+    with pytest.raises(hap.HapError, match="shards of weights are contiguous"):
+        wants_channels_last(model, True, torch.device("cuda"), sharded=True)

@@ -135,3 +135,28 @@ def test_what_cannot_be_is_refused_before_anything_changes(model: nn.Module, opt
 def test_a_distillation_checks_its_numbers(field: str, value: float) -> None:
     with pytest.raises(HapError, match="is out of range"):
         Distillation(network(), **{field: value})
+
+
+def test_of_causal_language_models_the_label_is_the_next_token() -> None:
+    """With a prompt that is ignored, the prediction of the first answer counts, and the one after the last does not."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 2, 5, 7, generator=generator)
+    labels = torch.randint(7, (2, 5), generator=generator)
+    labels[:, :2] = -100
+    found = divergence(ours, theirs, labels, 2.0, shift=True)
+    torch.testing.assert_close(found, divergence(ours[:, 1:4].flatten(0, 1), theirs[:, 1:4].flatten(0, 1), None, 2.0))
+
+    class CausalLMOutput(SimpleNamespace):
+        """As transformers call it."""
+
+    class Same(nn.Module):
+        def __init__(self, logits: torch.Tensor) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(logits)
+
+        def forward(self, **_: Any) -> Any:
+            return CausalLMOutput(logits=self.logits, loss=self.logits.sum() * 0)
+
+    objective = Objective(None, distill=Distillation(Same(theirs), weight=1.0, temperature=1.0))
+    value = objective(Same(ours)(), {"labels": labels})
+    torch.testing.assert_close(value, divergence(ours, theirs, labels, 1.0, shift=True))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
 from hap import zoo
 from hap.errors import HapError
@@ -57,3 +57,16 @@ def test_damaged_file(tmp_path):
 def test_real_weights_fit(real_data, name):
     model = zoo.build(name, weights=real_data / f"{name}.safetensors")
     assert float(model.bn1.running_var.mean()) != 1
+
+
+def test_a_file_may_hold_tied_weights_once(tmp_path):
+    def tied(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5))
+        model[1].weight = model[0].weight
+        return model
+
+    save_model(tied(0), str(tmp_path / "w.safetensors"))
+    model = tied(1)
+    load_weights_(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[1].weight, tied(0)[0].weight) and model[1].weight is model[0].weight

@@ -60,6 +60,8 @@ def fresh_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
             fresh = Path(place, "new")
             fresh.mkdir()  # not `place` itself, which is for its owner alone
             yield fresh
+            for file in fresh.rglob("*.safetensors"):  # which safetensors lets only the owner read
+                file.chmod(fresh.stat().st_mode & 0o666)
             _swap(fresh, directory, Path(place, "old"))
     except OSError as error:
         raise unwritable(directory, error) from error

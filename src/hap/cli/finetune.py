@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 import hap
 from hap.checkpoint import Origin, fresh_directory, refuse_existing, write
 from hap.cli import launch, sources
-from hap.cli.jobs import Job, open_job
+from hap.cli.jobs import Job, open_job, same_inputs
 from hap.cli.panels import MODEL, OUTPUT, TEACHER, TUNING, Data
 from hap.cli.screen import console, progress, warn
-from hap.errors import HapError
+from hap.errors import HapError, unwritable
 from hap.pipeline import Training
 from hap.pipeline.origin import origin, untrained
 from hap.pipeline.together import is_first
 from hap.pretrained import is_pretrained, save_dense
 from hap.report import write_json
 from hap.types import silent
+
+WEIGHTS = "model.safetensors"
 
 
 def finetune(
@@ -111,7 +114,9 @@ def finetune(
     if teacher is not None:
         if first and untrained(teacher, teacher_weights, len(job.data.classes)):
             warn(f"--teacher {teacher} has random weights: give --teacher-weights, or a model that is trained")
-        known = open_job(teacher, data, weights=teacher_weights, **opening).model.to(target)
+        other = open_job(teacher, data, weights=teacher_weights, **opening)
+        same_inputs(job, other)
+        known = other.model.to(target)
     if checkpointing:
         _checkpoint_gradients(trained)
     options = {**dataclasses.asdict(training), "seed": seed}
@@ -170,6 +175,9 @@ def _write(job: Job, directory: Path, about: Origin) -> None:
     if job.plan is not None:
         write(model, job.plan, directory, origin=about, tokenizer=job.tokenizer)
     elif is_pretrained(model):
-        save_dense(model, directory, job.tokenizer)
+        save_dense(model, directory, job.tokenizer, job.source)
     else:
-        save_model(model, str(directory / "model.safetensors"))
+        try:
+            save_model(model, str(directory / WEIGHTS))
+        except SafetensorError as error:  # what safetensors makes of an OSError
+            raise unwritable(directory / WEIGHTS, error) from error

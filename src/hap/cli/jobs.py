@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from hap import pretrained, zoo
 from hap.cli import sources
 from hap.errors import HapError, unknown
 from hap.zoo.glue import directory_of
+from hap.zoo.splits import IMAGENET
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Job:
         tokenizer: of a model of texts.
         plan: of a model that hap has pruned.
         dense: the words behind --model for the dense model; None of a pruned one that opens alone.
+        normalisation: of images, as the model's files say; None where they say nothing.
     """
 
     model: nn.Module
@@ -34,6 +37,33 @@ class Job:
     tokenizer: Any = None
     plan: hap.Plan | None = None
     dense: str | None = None
+    normalisation: zoo.Normalisation | None = None
+
+    @property
+    def source(self) -> str | None:
+        """The directory, or the name on the hub, of a dense model of transformers."""
+        kind, _, name = (self.dense or "").partition(":")
+        return name if kind == "hf" else None
+
+
+def same_inputs(student: Job, teacher: Job) -> None:
+    """Raises a HapError if the teacher would read the student's batches as something else."""
+    ours, theirs = ((job.normalisation or IMAGENET) for job in (student, teacher))
+    if ours != theirs:
+        raise HapError(
+            "the teacher's images are normalised otherwise",
+            expected=f"mean {ours.mean}, standard deviation {ours.std}, as the student's",
+            got=f"mean {theirs.mean}, standard deviation {theirs.std}",
+            remedy="take a teacher that was trained on images like the student's",
+        )
+    words = [None if job.tokenizer is None else job.tokenizer.get_vocab() for job in (student, teacher)]
+    if words[0] != words[1]:
+        raise HapError(
+            "the teacher's tokens are others than the student's",
+            expected=f"the same vocabulary, of {len(words[0] or ()):,} tokens",
+            got=f"{len(words[1] or ()):,} tokens, or other ones",
+            remedy="take a teacher with the student's tokenizer",
+        )
 
 
 def open_job(
@@ -74,6 +104,7 @@ def open_job(
             error = unknown("data set", kind, zoo.DATASETS)
             remedy = error.remedy or "for texts name the task, such as --task glue/mrpc"
             raise HapError(error.what, expected=error.expected, got=error.got, remedy=remedy)
+        normalisation = _normalisation(model) if zoo.DATASETS[kind].resizes else None
         splits = zoo.load_data(
             data,
             batch_size=batch_size,
@@ -83,9 +114,9 @@ def open_job(
             image_size=image_size,
             workers=workers,
             device=device,
-            normalisation=_normalisation(model) if zoo.DATASETS[kind].resizes else None,
+            normalisation=normalisation,
         )
-        return _image_job(model, weights, splits, seed)
+        return dataclasses.replace(_image_job(model, weights, splits, seed), normalisation=normalisation)
     labels, place = zoo.task_of(task).labels, directory_of(task, data)
     opened, tokenizer, plan = text_model(model, weights, labels, seed)
     if image_size is not None:
@@ -139,9 +170,11 @@ def _dense_spec(directory: Path) -> str:
     for name in RECORDS:
         try:
             options = json.loads((directory / name).read_text(encoding="utf-8"))["options"]
-            return str(options.get("dense") or options["model"])
+            found = str(options.get("dense") or options["model"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
+        source, _, before = found.partition(":")  # trained on from one that was pruned before
+        return _dense_spec(Path(before)) if source == "hap" and Path(before) != directory else found
     raise HapError(
         f"{directory} does not say what its dense model is",
         expected=f"{' or '.join(RECORDS)}, which hap prune and hap finetune write beside the model",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -103,23 +106,40 @@ def _from_file(path: Path, function: str) -> nn.Module:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _failed(path, "it", error) from error
-    finally:
-        sys.path.pop(0)
-    build = getattr(module, function, None)
-    if not callable(build):
-        raise HapError(f"{path} has no function {function!r}", expected="a function that returns the model")
-    try:
-        model = build()
-    except Exception as error:
-        raise _failed(path, function, error) from error
+    with _importable(spec.name, module, path.parent.absolute()):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise _failed(path, "it", error) from error
+        build = getattr(module, function, None)
+        if not callable(build):
+            raise HapError(f"{path} has no function {function!r}", expected="a function that returns the model")
+        try:
+            model = build()
+        except Exception as error:
+            raise _failed(path, function, error) from error
     if not isinstance(model, nn.Module):
         raise HapError(f"{function} in {path} returned no model", expected="nn.Module", got=type(model).__name__)
     return model
+
+
+@contextlib.contextmanager
+def _importable(name: str, module: ModuleType, folder: Path) -> Iterator[None]:
+    """As where it is run as a script: known by its name, as dataclasses need it, beside what lies in its folder.
+
+    The name stays known, unless it was taken: classes of the model are looked up by it.
+    """
+    known = sys.modules.setdefault(name, module) is module
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    except BaseException:
+        if known:
+            del sys.modules[name]
+        raise
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
 
 
 def _failed(path: Path, what: str, error: Exception) -> HapError:

@@ -45,6 +45,9 @@ class Objective(ABC):
 class Likelihood(Objective):
     """A loss that is the negative log-likelihood of an output distribution, up to a constant."""
 
+    def check(self, outputs: Any, batch: batches.Batch) -> None:
+        """Refuses labels that do not fit the outputs, once before anything is computed with them."""
+
     @abstractmethod
     def sampled(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
         """A scalar; the mean over draws of its squared gradient by a sample's gates is F_pp for that sample.
@@ -92,20 +95,19 @@ class Categorical(Likelihood):
         scores, _, counted = self._read(outputs, batch)
         return counted.reshape(len(scores), -1).sum(1)
 
+    def check(self, outputs: Any, batch: batches.Batch) -> None:
+        """Refuses labels that are no classes, on any device: to pick by one on a GPU would end the use of it."""
+        scores, labels, counted = self._read(outputs, batch)
+        if labels is not None:
+            _check_range(labels, counted, scores.shape[1])
+
     def total(self, outputs: Any, batch: batches.Batch) -> torch.Tensor:
         """See `Objective.total`."""
         scores, labels, counted = self._read(outputs, batch)
         if labels is None:
             raise unfit("cross-entropy", "int64 labels, one for each set of class scores", scores, batch)
-        wrong = (labels < 0) | (labels >= scores.shape[1])
-        # Elsewhere than on the CPU, looking at the labels would stop the device at every step.
-        if labels.device.type == "cpu" and bool((wrong & counted).any()):
-            raise HapError(
-                "a label is out of range",
-                expected=f"labels from 0 to {scores.shape[1] - 1}, or {IGNORED_LABEL} for one to ignore",
-                got=f"labels from {int(labels.min())} to {int(labels.max())}",
-                remedy="check that the model's number of classes is the data set's",
-            )
+        if labels.device.type == "cpu":  # elsewhere, looking at the labels would stop the device at every step
+            _check_range(labels, counted, scores.shape[1])
         return _picked(self._log_p(scores, counted), labels.masked_fill(~counted, 0), counted).neg()
 
     def sampled(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
@@ -250,6 +252,16 @@ def _rows(scores: torch.Tensor) -> torch.Tensor:
 
 def _outputs_of_each(scores: torch.Tensor) -> torch.Tensor:
     return torch.full((len(scores),), scores[0].numel(), device=scores.device)
+
+
+def _check_range(labels: torch.Tensor, counted: torch.Tensor, classes: int) -> None:
+    if bool((((labels < 0) | (labels >= classes)) & counted).any()):
+        raise HapError(
+            "a label is out of range",
+            expected=f"labels from 0 to {classes - 1}, or {IGNORED_LABEL} for one to ignore",
+            got=f"labels from {int(labels.min())} to {int(labels.max())}",
+            remedy="check that the model's number of classes is the data set's",
+        )
 
 
 def _picked(log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -121,7 +122,8 @@ def measure(
         saved = Saved(processes.file(Path(state)), run, every=save_every)
     walk = Walk(processes, saved)
     # inference_mode(False) also turns gradients on, should the caller have turned them off.
-    with data.evaluating(model), opened(model), _gradients_kept(model), torch.inference_mode(False), walk.together():
+    kept = _gradients_kept(model)
+    with data.evaluating(model), opened(model), kept, _recurrent(model), torch.inference_mode(False), walk.together():
         seen = Survey(structure)
         if chosen.watches and batches is not None:
             batches = Peeked(batches)
@@ -159,6 +161,13 @@ def measure(
         gram=None if found.gram is None else seen.embedded(found.gram, structure),
         skipped=seen.skipped,
     )
+
+
+def _recurrent(model: nn.Module) -> AbstractContextManager[None]:
+    """Without cuDNN's recurrent layers, which have no backward pass in evaluation mode."""
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
 
 
 @contextlib.contextmanager

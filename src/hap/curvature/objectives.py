@@ -94,6 +94,7 @@ def need_mean(whole: float, halves: tuple[float, float]) -> None:
 def mean_loss(likelihood: Likelihood, outputs: Any, batch: batches.Batch) -> float | None:
     """The likelihood's mean loss on the true labels; None where it does not fit outputs and labels."""
     try:
+        likelihood.check(outputs, batch)
         total = float(likelihood.total(outputs, batch).detach())
         return total / max(float(likelihood.counts(outputs, batch).sum()), 1.0)
     except HapError:

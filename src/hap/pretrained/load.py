@@ -65,15 +65,28 @@ def load_image_classifier(path: str | Path, classes: int, *, seed: int = 0) -> n
     )
 
 
-def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The mean and the standard deviation that a model's images are normalised by; None where no file says so."""
+def image_processor(path: str | Path) -> dict[str, Any] | None:
+    """What a model's files say of how its images are prepared; None where none says so."""
     reader = transformers().image_processing_utils.BaseImageProcessor
     with quiet():
         try:
             found, _ = reader.get_image_processor_dict(os.path.expanduser(path))
         except (OSError, ValueError):
             return None
-    if "image_mean" not in found or "image_std" not in found or not found.get("do_normalize", True):
+    return dict(found)
+
+
+def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and the standard deviation that a model's images are normalised by; None where no file says so.
+
+    Zeros and ones where its file says that they are not normalised.
+    """
+    found = image_processor(path)
+    if found is None:
+        return None
+    if not found.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if "image_mean" not in found or "image_std" not in found:
         return None
     return tuple(found["image_mean"]), tuple(found["image_std"])
 
@@ -118,7 +131,7 @@ def _opened(path: str | Path, read: Any) -> Any:
 
 
 def _model(auto: Any, path: str | Path, settings: dict[str, Any], seed: int) -> Any:
-    if Path(path, "plan.json").is_file():
+    if Path(path).expanduser().joinpath("plan.json").is_file():
         raise HapError(
             f"{path} is a pruned model",
             expected="a dense one",

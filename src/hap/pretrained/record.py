@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from hap.errors import HapError
+from hap.pretrained.load import image_processor
 from hap.pretrained.package import quiet, transformers
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -41,15 +43,19 @@ def write(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def save_dense(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
-    """Writes a model that is as its configuration says, so that `from_pretrained` opens it; and its tokenizer."""
+def save_dense(model: nn.Module, directory: Path, tokenizer: Any = None, source: str | Path | None = None) -> None:
+    """Writes a model that is as its configuration says, so that `from_pretrained` opens it; and its tokenizer.
+
+    Of a model of images, also how images are prepared for it, as the files at `source` say.
+    """
     saved: Any = model
     with quiet():
         saved.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-    for file in directory.glob("*.safetensors"):
-        shutil.copymode(directory / CONFIG, file)  # safetensors lets only the owner read
+    prepared = None if source is None or tokenizer is not None else image_processor(source)
+    if prepared is not None:
+        (directory / PROCESSOR).write_text(json.dumps(prepared, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def rebuild(directory: Path) -> nn.Module:

@@ -165,7 +165,8 @@ def _train_(
         if accelerator is not None:
             accelerator.wait_for_everyone()
     elif steps is not None:  # what comes is counted after them
-        shared = -(-len(data.train) // (1 if accelerator is None else accelerator.num_processes))
+        batches = -(-data.train.samples // (recipe.dense.batch_size or data.train.batch_size))
+        shared = -(-batches // (1 if accelerator is None else accelerator.num_processes))
         steps.stage("dense/")({}, -(-shared // training.accumulate) * training.epochs)
     # From the file also what was trained just now: so that both are the same to the bit.
     load_model(model, work.dense / WEIGHTS, device=str(device_of(model)))

@@ -85,7 +85,8 @@ def _recipe(raw: dict[str, Any]) -> Recipe:
             places["dense.train"] = dense.get("train")
         for place, given in places.items():
             if isinstance(given, Mapping):  # what is none, its check refuses
-                raw = _with(raw, {place: {**usual_of_texts(given.get("optimizer")), **given}})
+                said = {name: value for name, value in given.items() if value is not None}  # null is for what is usual
+                raw = _with(raw, {place: {**given, **usual_of_texts(said.get("optimizer")), **said}})
     return typed(Recipe, raw, "")
 
 

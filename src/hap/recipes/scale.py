@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hap.errors import HapError
+from hap.pipeline.stages import CAP
 from hap.recipes.recipe import Recipe
 
 
@@ -23,13 +24,15 @@ def scaled(recipe: Recipe, limit: int) -> dict[str, Any]:
     def most(count: int | None) -> int:
         return limit if count is None else min(count, limit)
 
+    samples = recipe.measure.samples
+
     found: dict[str, Any] = {
         "data.limit": most(recipe.data.limit),
         "data.batch_size": most(recipe.data.batch_size),
         "finetune.epochs": min(1, recipe.finetune.epochs),
     }
-    samples = recipe.measure.samples
-    found["measure.samples"] = limit if isinstance(samples, str) else most(samples)
+    if samples is not None:  # else no more are measured on than there are
+        found["measure.samples"] = min(CAP, limit) if isinstance(samples, str) else most(samples)
     if recipe.measure.draws is not None:
         found["measure.draws"] = most(recipe.measure.draws)
     if recipe.dense.train is not None:

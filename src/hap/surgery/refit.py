@@ -192,9 +192,15 @@ def _jobs(small: nn.Module, model: nn.Module, plan: Plan, memory: int) -> dict[s
     return jobs
 
 
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
 def _geometry(layer: nn.Module) -> Geometry | None:
-    """How a layer reads; None of what is neither a convolution nor a linear layer, GPT-2's ``Conv1D`` being one."""
-    if isinstance(layer, Dense):
+    """How a layer reads; None of what is neither a convolution nor a linear layer, GPT-2's ``Conv1D`` being one.
+
+    None too of a subclass that computes something else: pads by itself, normalises, or ends in an activation.
+    """
+    if isinstance(layer, Dense) and "forward" not in vars(layer) and type(layer).forward in _PLAIN:
         return Geometry.of(layer)
     return Geometry() if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") else None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from hap.batches import Batch, device_of, forward
 from hap.errors import HapError
@@ -28,12 +29,23 @@ class Share:
 
     Attributes:
         filled: whether the batch that was just given out only fills up.
+
+    Raises:
+        HapError: somebody else shares them out already.
     """
 
     def __init__(self, batches: Iterable[Batch], rank: int, world: int) -> None:
         self.filled = False
         self._batches = batches
         self._rank, self._world = rank, world
+        sampler, prepared = getattr(batches, "sampler", None), hasattr(batches, "base_dataloader")
+        if world > 1 and (prepared or isinstance(sampler, DistributedSampler)):
+            raise HapError(
+                "the data are shared out among the processes already",
+                expected="the same batches in every process, of which each takes its share",
+                got="a loader that accelerator.prepare made" if prepared else "a DistributedSampler",
+                remedy="give the DataLoader as it was before",
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         if self._world == 1:

@@ -137,7 +137,8 @@ def finetune(
     placed = devices.place(model)
     steps = rounds(train_batches, devices)
     ticks = max(1, epochs * (1 if steps is None else -(-steps // accumulate)))
-    with channels_last_(placed, on=wants_channels_last(placed, channels_last, devices.device(placed))):
+    ordered = wants_channels_last(placed, channels_last, devices.device(placed), sharded=placed is not model)
+    with channels_last_(placed, on=ordered):
         rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         optimizing = make_optimizer(optimizer, placed, **rates, sharded=placed is not model)
         trained, stepped = devices.prepare(placed, optimizing)

@@ -9,12 +9,27 @@ from typing import Literal
 import torch
 from torch import nn
 
+from hap.errors import HapError
+
 ChannelsLast = Literal["auto"] | bool
 CHOICES = ("auto", "True", "False")  # as text
 
 
-def wants_channels_last(model: nn.Module, choice: ChannelsLast, device: torch.device) -> bool:
-    """The choice; ``auto`` is for models with 2-D convolutions on a GPU, where the fast kernels read that order."""
+def wants_channels_last(model: nn.Module, choice: ChannelsLast, device: torch.device, *, sharded: bool = False) -> bool:
+    """The choice; ``auto`` is for models with 2-D convolutions on a GPU, where the fast kernels read that order.
+
+    Raises:
+        HapError: it is asked of a model that is cut into shards, which FSDP2 keeps contiguous.
+    """
+    if sharded and choice is True:
+        raise HapError(
+            "shards of weights are contiguous",
+            expected="channels_last=False or 'auto' with FSDP",
+            got="channels_last=True",
+            remedy="leave channels_last out, or train with DDP",
+        )
+    if sharded:
+        return False
     if choice == "auto":
         return device.type == "cuda" and any(isinstance(module, nn.Conv2d) for module in model.modules())
     return choice

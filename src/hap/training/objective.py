@@ -89,7 +89,8 @@ class Objective:
         teacher, weight = self.distill.teacher, self.distill.weight
         with evaluating(teacher), torch.no_grad():
             taught = logits(half_forward(teacher, batch, self.precision))
-        soft = divergence(logits(outputs), taught, _labels(batch), self.distill.temperature)
+        following = "CausalLM" in type(outputs).__name__  # transformers' name for outputs that are of the next token
+        soft = divergence(logits(outputs), taught, _labels(batch), self.distill.temperature, shift=following)
         return (1 - weight) * value + weight * self.distill.temperature**2 * soft
 
     def _hard(self, outputs: Any, batch: Batch) -> torch.Tensor:
@@ -107,12 +108,18 @@ class Objective:
 
 
 def divergence(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, temperature: float
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor | None,
+    temperature: float,
+    *,
+    shift: bool = False,
 ) -> torch.Tensor:
     """The mean over predictions of KL(teacher || student), of logits divided by the temperature.
 
     Classes are on the last axis where each label stands for a vector there (language models), else on axis 1.
-    Predictions whose label is ignored (-100) do not count.
+    Predictions whose label is ignored (-100) do not count. With `shift` the label of a position is the next one's, as
+    in causal language models; the last position predicts nothing.
 
     >>> logits = torch.tensor([[0.0, 1.0]])
     >>> float(divergence(logits, logits, torch.tensor([1]), 2.0))
@@ -131,6 +138,8 @@ def divergence(
     each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(axis)
     if labels is None or labels.shape != each.shape:
         return each.mean()
+    if shift:
+        each, labels = each[:, :-1], labels[:, 1:]
     counted = labels != IGNORED
     return (each * counted).sum() / counted.sum().clamp(min=1)
 

@@ -26,7 +26,9 @@ def load_weights_(model: nn.Module, path: str | PathLike[str]) -> None:
 
 def fill_(model: nn.Module, stored: dict[str, torch.Tensor], *, source: str) -> None:
     """As `load_weights_`, from tensors; `source` says for the error where they are from."""
-    problems = _differences(model.state_dict(), stored)
+    own = model.state_dict()
+    stored = stored | _twins(own, stored)
+    problems = _differences(own, stored)
     if problems:
         raise HapError(
             f"the weights {source} do not fit {type(model).__name__}; nothing was loaded",
@@ -35,6 +37,13 @@ def fill_(model: nn.Module, stored: dict[str, torch.Tensor], *, source: str) -> 
             remedy="check the model's name and classes=, or that the file holds this architecture",
         )
     model.load_state_dict(stored)
+
+
+def _twins(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a tensor that has several names a file may hold one only."""
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in own.items() if tensor.data_ptr()}
+    there = {place: stored[name] for name, place in places.items() if name in stored}
+    return {name: there[place] for name, place in places.items() if name not in stored and place in there}
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
