@@ -74,6 +74,16 @@ def targets(batch: Batch) -> torch.Tensor:
     return batch[1]
 
 
+def real_tokens(batch: Batch) -> torch.Tensor | None:
+    """Which positions are text and no padding, boolean (examples, positions); None if no ``attention_mask`` says so.
+
+    >>> real_tokens({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
+    tensor([[ True,  True, False]])
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask != 0 if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
 def forward(model: nn.Module, batch: Batch) -> Any:
     """The model's outputs for a batch.
 

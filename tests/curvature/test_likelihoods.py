@@ -259,3 +259,39 @@ def test_first_order_of_regression_is_the_rise_itself():
     closed = 1 - torch.eye(UNITS, dtype=torch.float64)
     rise = torch.stack([F.mse_loss(model.scores(x, a), LABELS["values"]) - before for a in closed]).detach()
     torch.testing.assert_close(result.scores["first"], rise, rtol=1e-10, atol=1e-14)
+
+
+class OneWeight(nn.Module):
+    """Scores (w x, 0) of each token: one number is the whole Hessian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 1, bias=False).double()
+        nn.init.constant_(self.fc.weight, 0.7)
+
+    def forward(self, x, labels):
+        logits = F.pad(self.fc(x), (0, 1))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+@pytest.mark.parametrize("criterion", ["hessian-trace", "hessian-quadratic", "taylor", "empirical-fisher"])
+def test_batches_weigh_as_much_as_their_tokens(criterion: str) -> None:
+    """Their own mean losses count by how many tokens each has, not by how many texts."""
+    model, x, labels = OneWeight(), inputs(N, T, 1), text_labels().clamp(max=1)
+    data = in_batches(x, labels)
+    counts = torch.tensor([float((batch["labels"] != -100).sum()) for batch in data], dtype=torch.float64)
+    assert counts[0] / counts[1] != 4 / 2
+    w, real = model.fc.weight.detach(), labels != -100
+    p = (w * x).sigmoid()[..., 0]  # of the first class
+    gradients = [model(**batch)["loss"] for batch in data]
+    products = w[0] * torch.cat([torch.autograd.grad(loss, model.fc.weight)[0][0] for loss in gradients])
+    hessian = w.square() / 2 * (p * (1 - p) * x[..., 0].square())[real].mean()
+    expected = {
+        "hessian-trace": hessian,
+        "hessian-quadratic": hessian,
+        "taylor": (counts * products).sum().abs() / counts.sum(),
+        "empirical-fisher": (counts * counts * products.square() / 2).sum() / counts.sum(),
+    }[criterion]
+    only = Structure((), (), (Layer("fc", "fc.weight", None, 1, 0, (), 1, False, T),), {}, {})
+    found = measure(model, data, None, only, criterion=criterion)
+    torch.testing.assert_close(found.filters["fc"], expected.flatten(), rtol=1e-10, atol=0)

@@ -5,7 +5,7 @@ import torch
 
 from hap.curvature.gram import Gram
 from hap.curvature.moments import Moments
-from hap.curvature.sums import Rows, Sums
+from hap.curvature.sums import Sums
 
 ROWS = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
 TERMS = torch.tensor([1.0, 2, 0, 4, 5, 1, 1, 3, 2])
@@ -29,11 +29,6 @@ CASES = {
     "moments": Case(Moments, lambda m, i, j: m.add(ROWS[i:j], TERMS[i:j]), lambda m: torch.cat([m.mean, m.stderr()])),
     "gram": Case(lambda: Gram(4), lambda g, i, j: g.add(ROWS[i:j]), lambda g: g.total()),
     "sums": Case(Sums, lambda s, i, j: s.add(a=ROWS[i:j].sum(0), b=float(j - i)), lambda s: s["a"] / s["b"]),
-    "rows": Case(
-        Rows,
-        lambda r, i, j: [r.add(n, n, ROWS[n]) for n in reversed(range(i, j))],
-        lambda r: torch.cat(r.sorted(), dim=1),
-    ),
 }
 
 

@@ -58,8 +58,8 @@ def test_stops_at_each_layer_with_all_batches() -> None:
             name: list(found) for name, found in in_lockstep(model, model, layers(model), layers(model), data, HERE)
         }
         assert list(seen) == ["a", "b", "c"]
-        for (x, y), (given, _) in zip(seen["b"], data, strict=True):
-            assert torch.equal(x, model.a(given)) and torch.equal(y, model.b(x))
+        for (x, y, of), given in zip(seen["b"], data, strict=True):
+            assert torch.equal(x, model.a(given[0])) and torch.equal(y, model.b(x)) and of is given
 
 
 def test_a_layer_that_changes_at_its_stop_is_called_as_it_is_then() -> None:
@@ -68,7 +68,7 @@ def test_a_layer_that_changes_at_its_stop_is_called_as_it_is_then() -> None:
     read = {}
     with torch.no_grad():
         for name, found in in_lockstep(first, second, layers(first), layers(second), [batch(1, 3)], HERE):
-            [(x, y)] = found
+            [(x, y, _)] = found
             read[name] = x, y
             first.get_submodule(name).weight.zero_()
         assert torch.equal(read["b"][0], first.a.bias.expand(3, 2))  # what `a` gives with its new weights

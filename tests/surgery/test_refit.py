@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import hap
 from hap import zoo
 from hap.attention import opened
+from hap.implants import options
 from hap.surgery.refit import _jobs
 
 
@@ -115,7 +116,7 @@ def one_by_one(small: nn.Module, model: nn.Module, plan: hap.Plan, data: Sequenc
     jobs = _jobs(small, model, plan, 1 << 30)
     with opened(small), opened(model):
         for job in jobs.values():
-            ends = [(reached(small, job.entry, x)[0], reached(model, job.dense, x)[1]) for x, _ in data]
+            ends = [(reached(small, job.entry, b[0])[0], reached(model, job.dense, b[0])[1], b) for b in data]
             job.solve(ends, 1e-3)
 
 
@@ -291,3 +292,38 @@ def test_layers_that_compute_something_else_are_left_as_they_are() -> None:
     hap.refit_(small, model, plan, batches)
     changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and not any(name.startswith("2.") for name in changed)
+
+
+class Tagger(nn.Module):
+    """Scores for each token of a text; padding is as loud as it can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 6)
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.words.weight.data[0] = 10
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.outer(F.relu(self.inner(self.words(input_ids))))
+        return found
+
+
+def test_padding_of_texts_does_not_count() -> None:
+    model = seeded(Tagger)
+    lengths = torch.randint(2, 9, (12,), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(8) < lengths[:, None]
+    words = torch.randint(1, 9, real.shape, generator=torch.Generator().manual_seed(1)).where(real, 0)
+    padded = [{"input_ids": words, "attention_mask": real.long()}]
+    alone = [
+        {"input_ids": w[None, :n], "attention_mask": torch.ones(1, n)} for w, n in zip(words, lengths, strict=True)
+    ]
+    structure = hap.trace(model, (), padded[0])
+    plan = hap.decide(structure, sensitivity(structure), hap.Budget(params=0.8))
+    small, expected = hap.apply(model, plan), hap.apply(model, plan)
+    hap.refit_(small, model, plan, padded)
+    hap.refit_(expected, model, plan, alone)
+    assert torch.allclose(small.outer.weight, expected.outer.weight, rtol=1e-6)
+    offered, wanted = options(model, structure, padded), options(model, structure, alone)
+    assert set(offered) == {"inner", "outer"}
+    for one, other in zip(*(itertools.chain(*found.values()) for found in (offered, wanted)), strict=True):
+        assert torch.allclose(one.undone, other.undone, rtol=1e-6)

@@ -22,11 +22,13 @@ class Averaged:
 
     Attributes:
         samples: the number of examples.
+        terms: the number of terms of the loss.
     """
 
     mean: torch.Tensor
     stderr: torch.Tensor
     samples: int
+    terms: float
 
 
 def averaged(
@@ -71,7 +73,7 @@ def averaged(
             got=f"none in {samples} examples",
             remedy="check the labels",
         )
-    return Averaged(sums["mean"] / terms, sums["variance"].sqrt() / terms, samples)
+    return Averaged(sums["mean"] / terms, sums["variance"].sqrt() / terms, samples, terms)
 
 
 def need_draws(problem: Problem, criterion: str, *, least: int, default: int) -> None:

@@ -25,7 +25,7 @@ from hap.curvature.criterion import Criterion, Problem, Scores, register
 from hap.curvature.draws import averaged, need_draws
 from hap.curvature.hutchinson import Weights, relative
 from hap.curvature.likelihoods import Likelihood
-from hap.curvature.objectives import need_likelihood, objective_of
+from hap.curvature.objectives import Settled
 from hap.curvature.quadratic import Along, label_of, role_of
 from hap.curvature.reduce import Groups, groups_of
 from hap.errors import HapError
@@ -53,33 +53,28 @@ class _GaussNewton(Criterion):
         """
         need_draws(problem, self.name, least=2, default=self.default_draws)
         groups = groups_of(problem.model, problem.structure, roles=(self.role,))
-
-        likelihood: Likelihood | None = None
-
-        def skipped(number: int, batch: batches.Batch, done: bool) -> None:
-            nonlocal likelihood
-            if not number:  # the first batch says what the loss is, whoever computes it
-                with torch.no_grad():
-                    outputs = batches.forward(problem.model, batch)
-                    likelihood = need_likelihood(self.name, objective_of(problem.loss, outputs, batch), outputs, batch)
+        settled = Settled(problem.model, problem.loss, self.name)
 
         def draws(batch: batches.Batch, number: int) -> tuple[torch.Tensor, float]:
-            nonlocal likelihood
             weights = groups.only_require_grad(problem.model)
             outputs = batches.forward(problem.model, batch)
-            if likelihood is None:
-                likelihood = need_likelihood(self.name, objective_of(problem.loss, outputs, batch), outputs, batch)
-            terms = float(likelihood.counts(outputs, batch).sum())
+            likelihood = settled(outputs, batch)
+            assert isinstance(likelihood, Likelihood)
+            terms = settled.terms(outputs, batch)
             estimates = []
             for draw in range(problem.draws):
                 total = likelihood.signed(outputs, batch, problem.generator("probe", number, draw))
                 estimates.append(self.estimate(groups, _gradient(total / max(terms, 1) ** 0.5, weights)))
             return torch.stack(estimates), terms
 
-        found = averaged(problem, self.label, draws, skipped=skipped)
+        found = averaged(problem, self.label, draws, skipped=settled.skipped)
         factor = self.factor(groups)
         return groups.layout.scores(
-            factor * found.mean, factor * found.stderr, samples=found.samples, draws=problem.draws
+            factor * found.mean,
+            factor * found.stderr,
+            samples=found.samples,
+            draws=problem.draws,
+            terms=found.terms,
         )
 
     @abstractmethod

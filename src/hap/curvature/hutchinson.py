@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores, register
 from hap.curvature.draws import averaged, need_draws
+from hap.curvature.objectives import Settled
 from hap.curvature.reduce import Groups, groups_of
 from hap.errors import HapError
 
@@ -44,17 +46,23 @@ class HessianTrace(Criterion):
         """
         need_draws(problem, self.name, least=2, default=self.default_draws)
         groups = groups_of(problem.model, problem.structure)
+        settled = Settled(problem.model, problem.loss)
 
         def draws(batch: batches.Batch, number: int) -> tuple[torch.Tensor, float]:
             generators = [problem.generator("probe", number, draw) for draw in range(problem.draws)]
-            with hessian(problem, groups, batch) as multiply:
+            with hessian(problem, groups, batch) as (multiply, outputs):
+                terms = settled.terms(outputs, batch)
                 probes = torch.stack([_probe(groups, multiply, generator) for generator in generators])
-            return probes, batches.size(batch)
+            return probes, terms
 
-        found = averaged(problem, self.name, draws)
+        found = averaged(problem, self.name, draws, skipped=settled.skipped)
         factor = relative(groups)
         return groups.layout.scores(
-            factor * found.mean, factor * found.stderr, samples=found.samples, draws=problem.draws
+            factor * found.mean,
+            factor * found.stderr,
+            samples=found.samples,
+            draws=problem.draws,
+            terms=found.terms,
         )
 
 
@@ -66,11 +74,12 @@ def relative(groups: Groups) -> torch.Tensor:
 
 
 @contextmanager
-def hessian(problem: Problem, groups: Groups, batch: batches.Batch) -> Iterator[Product]:
+def hessian(problem: Problem, groups: Groups, batch: batches.Batch) -> Iterator[tuple[Product, Any]]:
     """Multiplies vectors by the Hessian of one batch's mean loss in the weights of `groups`, zero for other weights.
 
     The gradient's graph is built once and gone back through for each product (Pearlmutter 1994). That is cheaper than
     building it for each product, and than forward-over-reverse: see docs/criteria.md for what each costs.
+    With it come the model's outputs.
 
     Raises:
         HapError: the loss does not depend on the weights.
@@ -78,7 +87,8 @@ def hessian(problem: Problem, groups: Groups, batch: batches.Batch) -> Iterator[
     weights = groups.only_require_grad(problem.model)
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        loss = batches.checked(problem.loss)(batches.forward(problem.model, batch), batch)
+        outputs = batches.forward(problem.model, batch)
+        loss = batches.checked(problem.loss)(outputs, batch)
         if not loss.requires_grad:
             raise HapError(
                 "the loss does not depend on the weights",
@@ -86,7 +96,7 @@ def hessian(problem: Problem, groups: Groups, batch: batches.Batch) -> Iterator[
                 remedy="look for torch.no_grad or .detach() in the model and the loss",
             )
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
-        yield lambda vector: _hessian_vector_product(gradients, weights, vector)
+        yield partial(_hessian_vector_product, gradients, weights), outputs
 
 
 def _probe(groups: Groups, multiply: Product, generator: torch.Generator) -> torch.Tensor:

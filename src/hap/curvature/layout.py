@@ -59,8 +59,10 @@ class Layout:
         filters = {layer.module: part for layer, part in zip(self.layers, parts[len(units) :], strict=True)}
         return units, filters
 
-    def scores(self, values: torch.Tensor, stderr: torch.Tensor, *, samples: int, draws: int) -> Scores:
+    def scores(
+        self, values: torch.Tensor, stderr: torch.Tensor, *, samples: int, draws: int, terms: float | None = None
+    ) -> Scores:
         """`Scores` from flat vectors of values and their standard errors."""
         units, filters = self.split(values)
         units_stderr, filters_stderr = self.split(stderr)
-        return Scores(samples, draws, units, units_stderr, filters, filters_stderr)
+        return Scores(samples, draws, units, units_stderr, filters, filters_stderr, terms=terms)

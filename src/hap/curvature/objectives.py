@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from hap import batches
 from hap.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Objective
@@ -55,6 +56,41 @@ def objective_of(loss: batches.Loss | None, outputs: Any, batch: batches.Batch) 
         if mean is not None and math.isclose(value, mean, rel_tol=_tolerance(outputs), abs_tol=1e-6):
             return likelihood
     return AnyLoss(loss)
+
+
+class Settled:
+    """What the loss of a measurement is: its first batch says so, whoever computes that batch.
+
+    Args:
+        model: the model that is measured.
+        loss: the caller's loss.
+        criterion: the name of one that needs a `Likelihood`; empty where any loss will do.
+    """
+
+    def __init__(self, model: nn.Module, loss: batches.Loss | None, criterion: str = "") -> None:
+        self.model, self.loss, self.criterion = model, loss, criterion
+        self.objective: Objective | None = None
+
+    def __call__(self, outputs: Any, batch: batches.Batch) -> Objective:
+        """The objective, to be asked with outputs for a batch as it was given.
+
+        Raises:
+            HapError: the loss is not a finite scalar, or no likelihood where one is needed.
+        """
+        if self.objective is None:
+            found = objective_of(self.loss, outputs, batch)
+            self.objective = need_likelihood(self.criterion, found, outputs, batch) if self.criterion else found
+        return self.objective
+
+    def skipped(self, number: int, batch: batches.Batch, done: bool) -> None:
+        """For `Walk.over`."""
+        if self.objective is None:
+            with torch.no_grad():
+                self(batches.forward(self.model, batch), batch)
+
+    def terms(self, outputs: Any, batch: batches.Batch) -> float:
+        """Over how many terms the batch's loss is a mean."""
+        return float(self(outputs, batch).counts(outputs, batch).sum())
 
 
 def need_likelihood(name: str, objective: Objective, outputs: Any, batch: batches.Batch) -> Likelihood:

@@ -11,6 +11,7 @@ from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores, register
 from hap.curvature.draws import averaged, need_draws
 from hap.curvature.hutchinson import Product, hessian, random_signs
+from hap.curvature.objectives import Settled
 from hap.curvature.reduce import Groups, groups_of, scale_rows
 from hap.errors import HapError
 from hap.types import Role
@@ -76,17 +77,22 @@ class HessianQuadratic(Criterion):
         groups = groups_of(problem.model, problem.structure, roles=(role_of(self.along),))
         patterns = _patterns(groups)
         need_draws(problem, self.name, least=2 * len(patterns), default=self.default_draws)
+        settled = Settled(problem.model, problem.loss)
         turns = [patterns[draw % len(patterns)] for draw in range(problem.draws)]
 
         def draws(batch: batches.Batch, number: int) -> tuple[torch.Tensor, float]:
             generators = [problem.generator("probe", number, draw) for draw in range(problem.draws)]
-            with hessian(problem, groups, batch) as multiply:
+            with hessian(problem, groups, batch) as (multiply, outputs):
+                terms = settled.terms(outputs, batch)
                 pairs = zip(turns, generators, strict=True)
                 probes = torch.stack([_probe(groups, pattern, multiply, generator) for pattern, generator in pairs])
-            return probes, batches.size(batch)
+            return probes, terms
 
-        found = averaged(problem, self.label, draws, says=torch.stack([pattern.says for pattern in turns]))
-        return groups.layout.scores(found.mean / 2, found.stderr / 2, samples=found.samples, draws=problem.draws)
+        says = torch.stack([pattern.says for pattern in turns])
+        found = averaged(problem, self.label, draws, says=says, skipped=settled.skipped)
+        return groups.layout.scores(
+            found.mean / 2, found.stderr / 2, samples=found.samples, draws=problem.draws, terms=found.terms
+        )
 
 
 @dataclass(frozen=True, eq=False)

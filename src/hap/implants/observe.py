@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hap.attention import opened
-from hap.batches import Batch, evaluating, forward
+from hap.batches import Batch, evaluating, forward, real_tokens
 from hap.implants.geometry import Dense, Geometry
 from hap.implants.moments import Moments
 from hap.implants.sums import Sums
@@ -56,7 +56,8 @@ def observe(
 ) -> Iterator[tuple[str, Moments]]:
     """The moments of each layer (by module name), in one pass over the data if `memory` bytes hold all sums.
 
-    If not, the layers take turns: each turn is a pass. All calls of a layer count. No activation is kept.
+    If not, the layers take turns: each turn is a pass. All calls of a layer count. No activation is kept,
+    and padding of texts does not count.
 
     Args:
         model: is run in evaluation mode.
@@ -72,9 +73,10 @@ def observe(
     batches = batches if len(turns) == 1 else list(batches)
     for names in turns:
         sums = {name: _sums(name, dense_layer(model, name), readings[name]) for name in names}
-        with evaluating(model), opened(model), _watching(model, sums), torch.no_grad():
+        with evaluating(model), opened(model), torch.no_grad():
             for batch in batches:
-                forward(model, batch)
+                with _watching(model, sums, real_tokens(batch)):
+                    forward(model, batch)
         for name in names:
             found = sums.pop(name)
             if found.count or uncalled == "raise":
@@ -101,9 +103,9 @@ def _sums(name: str, layer: Dense, reading: Reading) -> Sums:
 
 
 @contextmanager
-def _watching(model: nn.Module, sums: Mapping[str, Sums]) -> Iterator[None]:
+def _watching(model: nn.Module, sums: Mapping[str, Sums], real: torch.Tensor | None) -> Iterator[None]:
     def watch(found: Sums) -> Callable[..., None]:
-        return lambda _, args, kwargs, y: found.add(args[0] if args else kwargs["input"], y)
+        return lambda _, args, kwargs, y: found.add(args[0] if args else kwargs["input"], y, real)
 
     handles = [
         dense_layer(model, name).register_forward_hook(watch(found), with_kwargs=True) for name, found in sums.items()

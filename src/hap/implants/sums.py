@@ -55,11 +55,19 @@ class Sums:
         self.yy = zeros.new_zeros(self.xy[:, 0].shape)
         self.about: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds inputs ``(N, inputs, *spatial)`` and outputs ``(N, filters, *positions)`` (linear: features last)."""
+    def add(self, x: torch.Tensor, y: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Adds inputs ``(N, inputs, *spatial)`` and outputs ``(N, filters, *positions)`` (linear: features last).
+
+        Args:
+            x, y: what the layer read and gave.
+            real: of texts, which tokens are no padding, ``(N, tokens)``: of what a linear layer reads for each token
+                these alone count. None: all do.
+        """
         x, y = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))  # a half would overflow
         if not self.geometry.kernel:
-            x, y = x.flatten(0, -2), y.flatten(0, -2)
+            x, y = _tokens(x, real), _tokens(y, real)
+            if not len(x):
+                return  # all of it was padding
         at = self._some(y.shape[2:])
         outputs = y[0, 0].numel() if at is None else len(at[-1])
         step = max(1, CHUNK // max(1, outputs * self.xx.shape[0] * self.xx.shape[1]))
@@ -113,3 +121,11 @@ class Sums:
 
         xx, xy = moved(xx[:, :-1, :-1], dx, x), moved(xy[:, :-1], dy, y)
         return Moments(xx, xy, yy - dy.square() + y.square(), x, y)
+
+
+def _tokens(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(..., features) as (tokens, features), the real ones alone where x has a row for each token of the text."""
+    flat = x.flatten(0, -2)
+    if real is None or x.shape[:-1] not in (real.shape, (real.numel(),)):
+        return flat
+    return flat[real.flatten()]

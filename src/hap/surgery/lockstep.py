@@ -37,6 +37,7 @@ class Pass(threading.Thread):
         state: what the thread works in; see `thread_state`.
 
     Attributes:
+        batch: what it reads.
         place: the layer where it stands; None before the first and after the last.
         value: the layer's input or output.
     """
@@ -46,7 +47,7 @@ class Pass(threading.Thread):
         self.side = side
         self.place: str | None = None
         self.value: torch.Tensor | None = None
-        self._model, self._batch, self._state = model, batch, state
+        self._model, self.batch, self._state = model, batch, state
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._over = False
         self._error: BaseException | None = None
@@ -85,7 +86,7 @@ class Pass(threading.Thread):
         """What the thread does."""
         try:
             with self._state():
-                forward(self._model, self._batch)
+                forward(self._model, self.batch)
         except _Ended:
             pass
         except BaseException as error:  # whatever it is, `advance` raises it
@@ -125,7 +126,7 @@ def in_lockstep(
     outputs: Layers,
     data: Sequence[Batch],
     state: State,
-) -> Generator[tuple[str, Iterator[tuple[torch.Tensor, torch.Tensor]]]]:
+) -> Generator[tuple[str, Iterator[tuple[torch.Tensor, torch.Tensor, Batch]]]]:
     """One pass of two models over the data that stops at each layer: with what `first` reads there and `second` gives.
 
     At a stop no batch has gone through the layer of `first` yet. It may be changed, and all go on with it as it then
@@ -139,8 +140,8 @@ def in_lockstep(
         state: what they work in; see `thread_state`.
 
     Yields:
-        A layer's name, once, and an iterator over its input and output for each batch, to be read before the next stop.
-        A batch is left out where `second` does not come to the layer in its turn. Close the generator if you leave it.
+        A layer's name, once, and an iterator over its input and output, and the batch, for each batch; to be read
+        before the next stop. A batch is left out where `second` does not come to the layer in its turn. Close the generator if you leave it.
     """
     left = set(inputs)
     passes = [(Pass(first, batch, "input", state), Pass(second, batch, "output", state)) for batch in data]
@@ -164,12 +165,12 @@ def in_lockstep(
 
 def _values(
     place: str, pairs: Sequence[tuple[Pass, Pass]], *, last: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch]]:
     for reader, writer in pairs:
         while writer.advance() and writer.place != place:
             pass
         if reader.value is not None and writer.value is not None:
-            yield reader.value, writer.value
+            yield reader.value, writer.value, reader.batch
         if last:
             writer.end()  # the scores of a large vocabulary are not kept for all batches
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hap.attention import opened
-from hap.batches import Batch, device_of, evaluating, forward, take
+from hap.batches import Batch, device_of, evaluating, forward, real_tokens, take
 from hap.errors import HapError
 from hap.implants import Dense, Geometry, Implanted, Moments, Reading, Sums, flat, form_of, solve
 from hap.implants.observe import MEMORY
@@ -43,7 +43,7 @@ def refit_(
     Layer by layer, from the input on: ``min_W E |Y - W X|^2 + ridge |X|^2 |W - W_0|^2``, where X is what
     the small model's layer reads (the earlier layers refitted already), Y what the dense layer puts
     out, and W_0 the weights as cut. Implants are fitted anew, in their form. Exact ridge
-    regression over streamed moments, no gradients.
+    regression over streamed moments, no gradients. Padding of texts (by the batch's ``attention_mask``) does not count.
 
     Both models run over the data once: all batches stop at each layer, in threads of their own, and go on with its new
     weights. So the activations of all calibration examples at one place in each model are in memory together.
@@ -116,16 +116,16 @@ class _Job:
     rows: tuple[int, ...]
     implanted: int
 
-    def solve(self, found: Iterable[tuple[torch.Tensor, torch.Tensor]], ridge: float) -> bool:
+    def solve(self, found: Iterable[tuple[torch.Tensor, torch.Tensor, Batch]], ridge: float) -> bool:
         """Solves for the layer's weights, from its inputs and the dense layer's outputs; False if there are none."""
         sums: Sums | None = None
-        for x, y in found:
+        for x, y, batch in found:
             if sums is None:
                 axis = self.geometry.channel_axis
                 every, filters = range(x.shape[axis]), y.shape[axis]
                 sums = Sums(self.name, self.geometry, filters, self.rows, every, centre=False, device=x.device)
-            sums.add(x, y)
-        if sums is None:
+            sums.add(x, y, real_tokens(batch))
+        if sums is None or not sums.count:
             return False
         moments, kept = sums.moments(), len(self.rows) - self.implanted
         whole = self.entry.dense if isinstance(self.entry, Implanted) else self.entry
