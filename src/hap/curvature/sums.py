@@ -59,4 +59,3 @@ class Sums:
     def merge(self, state: State) -> None:
         """See `Part.merge`."""
         self.add(**state)
-

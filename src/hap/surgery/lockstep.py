@@ -141,7 +141,8 @@ def in_lockstep(
 
     Yields:
         A layer's name, once, and an iterator over its input and output, and the batch, for each batch; to be read
-        before the next stop. A batch is left out where `second` does not come to the layer in its turn. Close the generator if you leave it.
+        before the next stop. A batch is left out where `second` does not come to the layer in its turn. Close the
+        generator if you leave it.
     """
     left = set(inputs)
     passes = [(Pass(first, batch, "input", state), Pass(second, batch, "output", state)) for batch in data]
