@@ -281,3 +281,13 @@ def test_code_that_refuses_zeros_is_traced(make) -> None:
     structure = trace(make(lambda: {"a": conv(3, 8), "b": conv(8, 4)}, lively), (IMAGE,))
     assert structure.families == ()  # it cannot be tried, which needs zeros
     assert any("nothing there" in reason for reason in reasons(structure, "a.weight", 0))
+
+
+def test_says_that_the_small_model_may_not_train_where_training_has_no_graph(make, caplog) -> None:
+    def branching(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.a(x)
+        return s.aux(y) if s.training and x.sum() > 0 else s.b(y)
+
+    model = make(lambda: {"a": conv(3, 8), "b": conv(8, 4), "aux": conv(8, 4)}, branching)
+    assert [family.name for family in trace(model, (IMAGE,)).families] == ["a"]
+    assert "may only serve for inference" in caplog.text and "x.sum() > 0" in caplog.text
