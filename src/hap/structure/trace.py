@@ -98,8 +98,8 @@ def _training_calls(
         calls = propagate(export(model, args, kwargs), units, model).layers
     except HapError as error:
         log.warning(
-            "parameters that only training mode reads stay as they are, and what they read may leave, so that the small "
-            "model may only serve for inference: the graph of training mode cannot be had: %s",
+            "parameters that only training mode reads stay as they are, and what they read may leave, so that the "
+            "small model may only serve for inference: the graph of training mode cannot be had: %s",
             error.what,
         )
         return []
