@@ -53,14 +53,16 @@ def tables(rows: Rows) -> tuple[str, str]:
     epochs = ["| run | after | training loss | accuracy in validation |", "|---|---|---|---|"]
     for number, found in enumerate(rows, start=1):
         comparison, history, finetune = found["comparison"], found["history"], found["recipe"]["finetune"]
-        cells = [f"{number}: {found['recipe']['model'].partition(':')[2]}", str(finetune["epochs"])]
+        chosen = found["criterion"] if comparison["params"]["ratio"] < 1 else "nothing pruned"
+        cells = [f"{number}: {found['recipe']['model'].partition(':')[2]}, {chosen}", str(finetune["epochs"])]
         cells.append(f"epoch {history['chosen']}, the {finetune.get('select', 'best')}")
         cells += [f"{comparison[name]['ratio']:.2f}" for name in ("params", "macs")]
         cells.append(f"{found['implanted_filters']:,}")
         cells += [f"{100 * comparison['accuracy'][name]:.2f}" for name in ("dense", "small")]
         cells += [f"{comparison[name]['ratio']:.2f}" for name in ("latency_ms", "batch_latency_ms")]
         lines.append(_line([*cells, ", ".join(f"{stage} {spent:,.0f}" for stage, spent in found["seconds"].items())]))
-        epochs.append(_line([str(number), "the refit", "", f"{100 * found['as_cut']['accuracy']:.1f}"]))
+        recovery = "the cut" if found["recipe"]["recover"] == "none" else f"the {found['recipe']['recover']}"
+        epochs.append(_line([str(number), recovery, "", f"{100 * found['as_cut']['accuracy']:.1f}"]))
         for epoch in history["epochs"]:
             accuracy = f"{100 * epoch['validation']['accuracy']:.1f}"
             epochs.append(_line([str(number), f"epoch {epoch['epoch']}", f"{epoch['train_loss']:.3f}", accuracy]))

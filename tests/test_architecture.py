@@ -14,7 +14,7 @@ LONGEST_FILE = 400
 
 # A layer is a folder or a file right under src/hap. hap/__init__.py only gathers the public names: it is
 # exempt, and only the command line may import it.
-FOUNDATION = {"errors", "types", "batches", "attention"}
+FOUNDATION = {"errors", "types", "batches", "attention", "files"}
 MAY_IMPORT: dict[str, set[str]] = {
     "structure": set(),
     "curvature": set(),

@@ -17,11 +17,11 @@ from hap.cli.jobs import Job, open_job, same_inputs
 from hap.cli.panels import MODEL, OUTPUT, TEACHER, TUNING, Data
 from hap.cli.screen import console, progress, warn
 from hap.errors import HapError, unwritable
+from hap.files import write_json
 from hap.pipeline import Training
 from hap.pipeline.origin import origin, untrained
 from hap.pipeline.together import is_first
 from hap.pretrained import is_pretrained, save_dense
-from hap.report import write_json
 from hap.types import silent
 
 WEIGHTS = "model.safetensors"

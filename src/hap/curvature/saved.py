@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from hap.batches import digest
 from hap.curvature.sums import Part
 from hap.errors import HapError, need_same
+from hap.files import write_tensors
 from hap.types import Structure
 
 logger = logging.getLogger(__name__)
@@ -128,13 +127,11 @@ class Saved:
         named = {str(number): part for number, part in enumerate(parts)}
         if self._before is not None:
             named["before"] = self._before
-        # Cloned, because the format holds no two tensors that share memory.
-        states = {f"{key}.{name}": t.cpu().clone() for key, part in named.items() for name, t in part.state().items()}
+        states = {f"{key}.{name}": t for key, part in named.items() for name, t in part.state().items()}
         states |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(generators)}
         about = {"format": _FORMAT, "run": json.dumps(self.run), "batches": str(count), "first": first}
         about |= {"chunk": str(self.chunk), "loop": str(self._loop)}
-        save_file({name: t.contiguous() for name, t in states.items()}, self._beside, metadata=about)
-        os.replace(self._beside, self.path)
+        write_tensors(self.path, states, about)
         self._last = time.monotonic()
 
     def need_first(self, found: str, saved: str) -> None:

@@ -162,10 +162,8 @@ def run(
     def cut(dense: nn.Module, part: Budget, **more: Any) -> Result:
         number = next(cuts_done)
         kept = {} if work is None else {"state": folder(number)}
-        with timed("prune", number):
-            return prune(
-                dense, data.calibration, None, part, seed=seed, progress=progress, **{**settings, **kept, **more}
-            )
+        run = {**settings, **kept, **more, "timed": lambda stage: timed(stage, number)}
+        return prune(dense, data.calibration, None, part, seed=seed, progress=progress, **run)
 
     result, rounds = in_rounds(model, budget, iterations, cut, train_, **settings)
     small = result.model

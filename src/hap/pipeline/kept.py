@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from hap.errors import HapError, need_same, unwritable
+from hap.errors import HapError, need_same
+from hap.files import write_json, write_tensors
 from hap.pipeline.together import by_the_first, is_first
 from hap.planning import Plan
 from hap.types import Evaluation, Sensitivity
@@ -74,7 +73,7 @@ def recovered_(
     if not by_the_first(path.exists):
         evaluations = json.dumps([dataclasses.asdict(evaluation) for evaluation in recover()])
         header = {"run": json.dumps(dict(run)), "evaluations": evaluations}
-        by_the_first(lambda: _save(_tensors(small), path, header))
+        by_the_first(lambda: write_tensors(path, _tensors(small), header))
     try:
         tensors, header = _open(path)
         there = dict(json.loads(header["run"]))
@@ -94,18 +93,6 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
-def _save(tensors: Mapping[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
-    """Replaces the file at once."""
-    beside = path.with_name(f"{path.name}.tmp")
-    # Copied, because the format holds no two tensors that share memory.
-    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, beside, metadata=header)
-        os.replace(beside, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise unwritable(path, error) from error
-
-
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safetensors.safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a mapping)
@@ -115,14 +102,8 @@ def _write(folder: Path, run: Mapping[str, str], sensitivity: Sensitivity, plan:
     tensors = {f"{kind}/{name}": tensor for kind in TENSORS for name, tensor in getattr(sensitivity, kind).items()}
     about = {name: getattr(sensitivity, name) for name in ("criterion", "samples", "draws")}
     about["skipped"] = dict(sensitivity.skipped)
-    text = json.dumps({"run": dict(run), "plan": plan.to_json()})
-    _save(tensors, folder / SENSITIVITY, {"about": json.dumps(about)})
-    try:
-        beside = folder / f"{PLAN}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, folder / PLAN)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    write_tensors(folder / SENSITIVITY, tensors, {"about": json.dumps(about)})
+    write_json(folder / PLAN, {"run": dict(run), "plan": plan.to_json()})
 
 
 def _read(folder: Path, run: Mapping[str, str]) -> Chosen:

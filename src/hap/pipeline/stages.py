@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from hap.implants import Option, head_options, options
 from hap.pipeline.clock import by_the_clock, clock
 from hap.pipeline.kept import once
 from hap.pipeline.rescaled import rescaled, since
+from hap.pipeline.stopwatch import Timed, untimed
 from hap.pipeline.together import by_the_first
 from hap.planning import CostModel, Joint, Mode, Plan, Widths, checked, decide, inside, time_layers, ways
 from hap.planning.budget import Unreachable, check_measured, unreachable
@@ -74,6 +75,7 @@ def prune(
     after: Plan | None = None,
     state: str | Path | None = None,
     progress: Progress = silent,
+    timed: Timed = untimed,
 ) -> Result:
     """Traces, measures, decides, applies and verifies; the model itself is left as it is.
 
@@ -99,6 +101,8 @@ def prune(
         state: a folder that exists, to keep what was measured and decided, so that a run that was killed goes on from
             there when it is started again with the same arguments, with the same result.
         progress: shows how far the stages are.
+        timed: a context for each stage to run in, by its name: trace, measure, fit (every implant, to all layers), time
+            (the layers), decide, apply, verify.
 
     Raises:
         HapError: as the stages do; the state is another run's; or the pruned model does not compute what the plan
@@ -109,7 +113,8 @@ def prune(
     fit = fitted_on(samples)
     data = list(take(batches, most, device_of(model)))
     args, kwargs = arguments(data[0])
-    structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
+    with timed("trace"):
+        structure = step(progress, "tracing", lambda: trace(model, args, kwargs, ignore=ignore))
     choice: dict[str, Any] = {
         "mode": mode,
         "implant_ratio": implant_ratio,
@@ -132,29 +137,36 @@ def prune(
     def choose() -> tuple[Sensitivity, Plan]:
         dense, table = CostModel(structure).dense, None
         limits = budget if after is None else rescaled(budget, after, dense)
-        sensitivity = measure(
-            model,
-            data,
-            loss,
-            structure,
-            criterion=criterion,
-            samples="auto" if samples == "auto" else most,
-            # near enough to the fraction of units
-            keep=min(1.0, *limits.limits.values()) if samples == "auto" else None,
-            cap=CAP,
-            draws=draws,
-            seed=seed,
-            gram=_together(criterion, mode, joint) and (joint is True or _units(structure) <= PAIRS),
-            state=Path(state, "measure.safetensors") if state and _resumable(criterion) else None,
-            progress=progress,
-        )
-        forms = _forms(model, structure, data, fit, choice, ignore, progress) if implant_ratio else {}
+        with timed("measure"):
+            sensitivity = measure(
+                model,
+                data,
+                loss,
+                structure,
+                criterion=criterion,
+                samples="auto" if samples == "auto" else most,
+                # near enough to the fraction of units
+                keep=min(1.0, *limits.limits.values()) if samples == "auto" else None,
+                cap=CAP,
+                draws=draws,
+                seed=seed,
+                gram=_together(criterion, mode, joint) and (joint is True or _units(structure) <= PAIRS),
+                state=Path(state, "measure.safetensors") if state and _resumable(criterion) else None,
+                progress=progress,
+            )
+        forms: Mapping[str, tuple[Option, ...]] = {}
+        if implant_ratio:
+            with timed("fit"):
+                forms = _forms(model, structure, data, fit, choice, ignore, progress)
         inputs = arguments(resized(data[0], batch))
         if budget.latency is not None:
-            timed = ways(structure, forms, mode=mode) if implant_ratio else {}
-            table = by_the_first(
-                lambda: time_layers(model, structure, *inputs, implants=timed, cache=latency_cache, progress=progress)
-            )
+            known = ways(structure, forms, mode=mode) if implant_ratio else {}
+            with timed("time"):
+                table = by_the_first(
+                    lambda: time_layers(
+                        model, structure, *inputs, implants=known, cache=latency_cache, progress=progress
+                    )
+                )
 
         def decided(within: Budget) -> Plan:
             try:
@@ -168,7 +180,8 @@ def prune(
         def timed_plan() -> Plan:
             return by_the_clock(decided, limits, clock(model, *inputs))
 
-        plan = decided(limits) if table is None else by_the_first(timed_plan)
+        with timed("decide"):
+            plan = decided(limits) if table is None else by_the_first(timed_plan)
         counted = {} if table is None else {"latency_batch": batch}
         return sensitivity, dataclasses.replace(plan, options={**plan.options, **counted, "seed": seed})
 
@@ -193,8 +206,10 @@ def prune(
         }
         sensitivity, plan = once(Path(state), run, choose)
     plan = by_the_first(lambda: plan)
-    small = apply(model, plan, data, samples=fit, progress=progress)
-    verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
+    with timed("apply"):
+        small = apply(model, plan, data, samples=fit, progress=progress)
+    with timed("verify"):
+        verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
     if not verification.ok:
         wanted = "a relative error of at most 1e-9" if verification.exact else "finite outputs of the dense shapes"
         raise HapError(

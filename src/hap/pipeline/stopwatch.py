@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from hap.files import write_json
 from hap.pipeline.together import is_first
 
 logger = logging.getLogger(__name__)
 FILE = "seconds.json"
+
+Timed = Callable[[str], AbstractContextManager[None]]  # what a stage runs in, by its name
+
+
+def untimed(stage: str) -> AbstractContextManager[None]:
+    """The default `Timed`: times nothing."""
+    return nullcontext()
 
 
 class Stopwatch:
@@ -49,9 +56,7 @@ class Stopwatch:
         mine = self._now.setdefault(number, {})
         mine[stage] = max(spent, mine.get(stage, 0.0))
         if path is not None and is_first():
-            beside = path.with_name(f"{FILE}.tmp")
-            beside.write_text(json.dumps(self._longest(number)), encoding="utf-8")
-            os.replace(beside, path)
+            write_json(path, self._longest(number))
 
     def seconds(self, others: Mapping[str, float]) -> dict[str, float]:
         """By stage, all rounds together; after the seconds of other stages."""

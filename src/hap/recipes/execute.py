@@ -17,13 +17,13 @@ from hap import pretrained
 from hap.batches import device_of
 from hap.checkpoint import fresh_directory, refuse_existing
 from hap.errors import unwritable
+from hap.files import write_json
 from hap.pipeline import Run, run
 from hap.pipeline.steps import Steps
 from hap.pipeline.together import is_first
 from hap.recipes.beforehand import check
 from hap.recipes.recipe import Recipe
 from hap.recipes.work import DENSE, Work, as_data
-from hap.report import write_json
 from hap.training import finetune
 from hap.types import Log, Progress, silent
 from hap.zoo import DataSplits

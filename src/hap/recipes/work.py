@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 
 from hap.checkpoint import fresh_directory
 from hap.errors import HapError, need_same
+from hap.files import write_json
 from hap.planning import versions
 from hap.recipes.recipe import Recipe
-from hap.report import write_json
 
 SUFFIX = ".work"
 RECIPE, DENSE, REPORT = "recipe.json", "dense", "report.json"
@@ -65,7 +64,7 @@ class Work:
                 for path in lost:
                     _remove(path)
                 if there != here:
-                    _replace(folder, {**here, BEGUN: begun})
+                    write_json(folder / RECIPE, {**here, BEGUN: begun})
             return Work(folder, first, begun)
         begun = time.time_ns()
         if first:
@@ -167,13 +166,6 @@ def _refused(folder: Path, lost: Sequence[Path], expected: str, got: str) -> Hap
         remedy="go on with the recipe it was begun with, choose another --out, or pass --restart (restart=True): it "
         f"deletes {named}, and does anew what that was",
     )
-
-
-def _replace(folder: Path, record: Mapping[str, Any]) -> None:
-    """Says of which recipe the folder is now."""
-    beside = folder / f"{RECIPE}.tmp"
-    write_json(beside, record)
-    os.replace(beside, folder / RECIPE)
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from hap.report.comparison import Comparison, Measured, Quantity, Row, markdown, table
 from hap.report.figures import has_plots
-from hap.report.files import write_json
 from hap.report.sensitivities import Spectrum, sensitivity_plot, spectrum
 from hap.report.targets import Aim, Reached, Target, reached
 from hap.report.widths import LayerWidth, width_plot, widths
@@ -25,5 +24,4 @@ __all__ = [
     "table",
     "width_plot",
     "widths",
-    "write_json",
 ]

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from hap.errors import missing
-from hap.report.files import write_bytes
+from hap.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

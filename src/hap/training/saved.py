@@ -15,9 +15,9 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 
-from hap.errors import HapError, need_same, unwritable
+from hap.errors import HapError, need_same
+from hap.files import write_tensors
 from hap.training.devices import Alone
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,7 @@ class Saved:
     def write(self, step: Step, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
         """Saves a state; `about` is plain data. A kill leaves the state before it or this one."""
         header = {"format": FORMAT, "run": json.dumps(self._run), "step": json.dumps(step), "about": json.dumps(about)}
-        half = self.path.with_name(f"{self.path.name}.tmp")
-        # Copied, because the format holds no two tensors that share memory.
-        plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(plain, half, metadata=header)
-            os.replace(half, self._next)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise unwritable(self.path, error) from error
+        write_tensors(self._next, tensors, header)
         self._devices.gather(None)  # all have written
         os.replace(self._next, self.path)
         self._last = time.monotonic()

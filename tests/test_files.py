@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hap.errors import HapError
-from hap.report import write_json
+from hap.files import write_json
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

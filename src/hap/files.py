@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all."""
+"""Writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hap.errors import HapError, unwritable
 
@@ -54,4 +59,22 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
                 beside.unlink(missing_ok=True)
             raise
     except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """Writes tensors in the safetensors format, with texts in its header.
+
+    A kill leaves the old file or the new one, and perhaps half of one beside, ``path.tmp``, for the next call to replace.
+
+    Raises:
+        HapError: the file cannot be written; whatever was at `path` is still there.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    # Copied, because the format holds no two tensors that share memory.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, beside, metadata=dict(header))
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
