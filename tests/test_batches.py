@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hap.batches import evaluating, settled_, take
+from hap.batches import evaluating, resized, settled_, take
 from hap.errors import HapError
 
 
@@ -67,3 +68,11 @@ def test_a_number_of_samples_below_one_is_named(samples: int) -> None:
     with pytest.raises(HapError, match="samples") as error:
         list(take([(torch.zeros(4, 3), torch.zeros(4))], samples, torch.device("cpu")))
     assert (error.value.expected, error.value.got) == ("a number of at least 1, or None for all", str(samples))
+
+
+def test_batches_of_collators_are_cut_too() -> None:
+    """They are mappings, and no dicts."""
+    batch = UserDict(input_ids=torch.zeros(5, 3), labels=torch.zeros(5))
+    found = list(take([batch, batch], 7, torch.device("cpu")))
+    assert [len(part["input_ids"]) for part in found] == [5, 2]
+    assert len(resized(batch, 8)["labels"]) == 8

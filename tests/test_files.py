@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from hap.errors import HapError
-from hap.files import write_json
+from hap.files import stored_bytes, write_json, write_model
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -76,3 +79,30 @@ def test_the_file_follows_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "results.json").stat().st_mode & 0o777 == 0o644
+
+
+class Views(nn.Module):
+    """Tensors that are parts of larger ones, and one with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+        self.tied = nn.Linear(3, 2)
+        self.tied.weight = self.first.weight
+        self.part = nn.Parameter(torch.arange(6.0)[2:])
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.register_buffer("count", torch.tensor(3))
+
+
+def test_views_and_tied_tensors_of_a_model_are_written(tmp_path: Path) -> None:
+    model = Views()
+    write_model(tmp_path / "model.safetensors", model)
+    found = load_file(tmp_path / "model.safetensors")
+    assert set(found) == {"first.weight", "first.bias", "tied.bias", "part", "wide", "count"}
+    assert all(torch.equal(found[name], model.state_dict()[name]) for name in found)
+    assert abs(stored_bytes(model) - (tmp_path / "model.safetensors").stat().st_size) <= 8
+
+
+def test_tensors_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HapError, match="could not write .*missing"):
+        write_model(tmp_path / "missing" / "model.safetensors", nn.Linear(2, 2))

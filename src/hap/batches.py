@@ -33,8 +33,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`; a mapping becomes a plain dict."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), _plain(batch))
+
+
+def _plain(batch: Batch) -> Batch:
+    """A mapping as a plain dict: what collators of transformers give is a leaf to `pytree`."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -174,14 +178,14 @@ def checked(loss: Loss | None) -> Loss:
 
 
 def _head(batch: Batch, count: int) -> Batch:
-    total = size(batch)
+    batch, total = _plain(batch), size(batch)
     cut = lambda t: t[:count] if t.ndim and t.shape[0] == total else t  # noqa: E731
     return pytree.tree_map_only(torch.Tensor, cut, batch)
 
 
 def resized(batch: Batch, count: int) -> Batch:
     """The batch with `count` examples: its own, over and over."""
-    total = size(batch)
+    batch, total = _plain(batch), size(batch)
     index = torch.arange(count) % total
     pick = lambda t: t[index.to(t.device)] if t.ndim and t.shape[0] == total else t  # noqa: E731
     return pytree.tree_map_only(torch.Tensor, pick, batch)

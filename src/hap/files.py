@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from hap.errors import HapError, unwritable
+
+_HEADER = {"format": "pt"}  # which transformers asks for
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
@@ -65,7 +68,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
     """Writes tensors in the safetensors format, with texts in its header.
 
-    A kill leaves the old file or the new one, and perhaps half of one beside, ``path.tmp``, for the next call to replace.
+    A kill leaves the old file or the new one, and perhaps half of one beside, ``path.tmp``.
 
     Raises:
         HapError: the file cannot be written; whatever was at `path` is still there.
@@ -78,3 +81,31 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
+
+
+def write_model(path: Path, model: nn.Module) -> None:
+    """Writes the tensors of a model; one that has several names goes by its first.
+
+    Also views of larger tensors, such as recurrent weights on a GPU, which `safetensors.torch.save_model` refuses.
+
+    Raises:
+        HapError: as `write_tensors`.
+    """
+    write_tensors(path, _stored(model), _HEADER)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """The size of the file that `write_model` writes, without writing it."""
+    header: dict[str, Any] = {"__metadata__": _HEADER}
+    end = 0
+    widest_first = sorted(_stored(model).items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in widest_first:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text) // 8) * 8 + end  # a length, the header, filled up to whole words, and the values
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if first[id(t)] == name}

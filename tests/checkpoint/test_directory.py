@@ -101,7 +101,18 @@ def test_an_error_while_the_two_change_places(there, monkeypatch, error, when, m
         (staging / "new").write_text("new")
     done = (when, move) == ("after", 2)
     assert contents(there) == ({"new": "new"} if done else {"plan.json": "old"})
-    assert os.listdir(there.parent) == ["out"]
+    kept = [path for path in there.parent.iterdir() if path != there]
+    if done or error is KeyboardInterrupt:
+        assert not kept
+    else:  # what is new is whole, and not thrown away
+        assert [contents(path) for path in kept] == [{"new": "new"}]
+
+
+def test_where_another_disk_is_mounted_nothing_can_be_replaced(there, monkeypatch) -> None:
+    monkeypatch.setattr(module.os.path, "ismount", lambda path: Path(path) == there)
+    with pytest.raises(HapError, match="another disk is mounted") as caught:
+        refuse_existing(there, overwrite=True)
+    assert str(there / "run") in caught.value.remedy
 
 
 def test_a_full_disk_says_so(there) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 import hap
 from hap import zoo
 from hap.cli import app
-from hap.cli.jobs import Job, _dense_spec, same_inputs
+from hap.cli.jobs import Job, _dense_spec, _normalisation, same_inputs
 from hap.cli.sources import load_model, normalisation
 from hap.pretrained import save_dense
 from hap.zoo.splits import IMAGENET
@@ -468,12 +469,22 @@ def test_how_images_are_normalised_is_written_with_the_model(tmp_path: Path) -> 
     settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (dense / "preprocessor_config.json").write_text(json.dumps(settings))
     trained.mkdir()
-    save_dense(load_model(f"hf:{dense}", None, 3), trained, None, dense)
-    assert normalisation(f"hf:{trained}") == zoo.Normalisation(255, (0.5,) * 3, (0.25,) * 3)
+    expected = zoo.Normalisation(255, (0.5,) * 3, (0.25,) * 3)
+    save_dense(load_model(f"hf:{dense}", None, 3), trained)
+    assert normalisation(f"hf:{trained}") == expected
     for name, options in (("a", {"model": f"hf:{trained}"}), ("b", {"model": f"hap:{tmp_path / 'a'}", "dense": None})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "finetune.json").write_text(json.dumps({"options": options}))
     assert _dense_spec(tmp_path / "b") == f"hf:{trained}"
+    model = load_model(f"hf:{trained}", None, 3)
+    structure = hap.trace(model, (torch.zeros(1, 3, 8, 8),))
+    sensitivity = hap.measure(model, None, None, structure, criterion="random")
+    plan = hap.decide(structure, sensitivity, hap.Budget(params=0.9), implant_ratio=0)
+    hap.save(hap.apply(model, plan), plan, tmp_path / "pruned")
+    hap.save(hap.load(tmp_path / "pruned")[0], plan, tmp_path / "again")
+    shutil.rmtree(dense)
+    shutil.rmtree(trained)
+    assert _normalisation(f"hap:{tmp_path / 'again'}") == expected
 
 
 def test_a_teacher_reads_what_the_student_reads() -> None:

@@ -152,3 +152,12 @@ def test_a_table_that_is_too_slow_does_not_refuse_a_goal_that_the_clock_meets(pl
     assert found.options["latency_measured"] <= 0.8 * 1.02 and found.budget == GOAL
     with pytest.raises(hap.HapError, match="cannot be reached"):
         by_the_clock(decide, GOAL, lambda plan: share(plan.small, plan.dense))
+
+
+def test_where_no_time_would_be_enough_the_error_is_of_the_limits_as_given(plan: hap.Plan) -> None:
+    def decide(limits: Budget) -> hap.Plan:
+        raise unreachable(plan.small, plan.dense, limits)
+
+    with pytest.raises(hap.HapError, match="cannot be reached") as caught:
+        by_the_clock(decide, GOAL, lambda plan: 1.0)
+    assert "0.8" in caught.value.got and "1.2" not in caught.value.got

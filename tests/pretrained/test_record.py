@@ -111,3 +111,14 @@ def test_a_configuration_of_another_model(pruned, tmp_path: Path) -> None:
 def test_other_models_have_no_configuration(tmp_path: Path) -> None:
     assert not is_pretrained(torch.nn.Linear(2, 2))
     assert tokenizer_of(torch.nn.Linear(2, 2)) is None
+
+
+def test_how_a_model_generates_is_kept(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=40)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = [3, 5]
+    structure = hap.trace(model, (), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+    sensitivity = hap.measure(model, None, None, structure, criterion="random")
+    plan = hap.decide(structure, sensitivity, hap.Budget(params=0.9), implant_ratio=0)
+    hap.save(hap.apply(model, plan), plan, tmp_path / "small")
+    assert hap.load(tmp_path / "small")[0].generation_config.eos_token_id == [3, 5]

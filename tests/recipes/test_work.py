@@ -101,7 +101,7 @@ def test_rounds_of_other_settings_go_only_when_told(recipe_file: Path, tmp_path:
         recipes.Work.beside(tmp_path / "run", changed)
     assert (work.folder / "round1" / "model.safetensors").exists()
     assert recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file)) == work
-    assert recipes.Work.beside(tmp_path / "run", changed, restart=True) == work
+    assert recipes.Work.beside(tmp_path / "run", changed, restart=True).folder == work.folder
     assert {path.name for path in work.folder.iterdir()} == {"recipe.json", "dense", "training.safetensors"}
     (work.folder / "round1").mkdir()
     recipes.Work.beside(tmp_path / "run", changed)
@@ -114,9 +114,9 @@ def test_rounds_of_other_settings_go_only_when_told(recipe_file: Path, tmp_path:
 def test_where_nothing_is_lost_a_recipe_may_change(recipe_file: Path, tmp_path: Path, setting: str) -> None:
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file))
     changed = recipes.read(recipe_file, [setting])
-    assert recipes.Work.beside(tmp_path / "run", changed) == work
+    assert recipes.Work.beside(tmp_path / "run", changed).folder == work.folder
     work.dense.mkdir()
-    assert recipes.Work.beside(tmp_path / "run", changed) == work
+    assert recipes.Work.beside(tmp_path / "run", changed).folder == work.folder
 
 
 def test_workers_change_nothing(recipe_file: Path, tmp_path: Path) -> None:
@@ -164,6 +164,16 @@ def test_a_whole_run_directory_is_known(recipe_file: Path, tmp_path: Path) -> No
     (out / "report.json").write_text(json.dumps({"options": {"begun": work.begun}}))
     assert not recipes.finished(recipes.read(recipe_file, ["seed=1"]), out) and work.folder.exists()
     assert recipes.finished(recipe, out) and not work.folder.exists()
+
+
+def test_a_run_directory_of_the_recipe_before_is_not_the_new_one_s(recipe_file: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "run", recipes.read(recipe_file, ["budget.params=0.75"])
+    work = recipes.Work.beside(out, recipes.read(recipe_file))
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps({"options": {"begun": work.begun}}))
+    recipes.Work.beside(out, other, restart=True)  # killed: and begun once more
+    again = recipes.Work.beside(out, other)
+    assert not recipes.finished(other, out) and again.folder.exists()
 
 
 def test_only_the_first_process_writes(recipe_file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,6 @@
 
 from hap.checkpoint.card import Origin
 from hap.checkpoint.directory import fresh_directory, refuse_existing
-from hap.checkpoint.save import PLAN, load, save, stored_bytes, write
+from hap.checkpoint.save import PLAN, load, save, write
 
-__all__ = ["PLAN", "Origin", "fresh_directory", "load", "refuse_existing", "save", "stored_bytes", "write"]
+__all__ = ["PLAN", "Origin", "fresh_directory", "load", "refuse_existing", "save", "write"]

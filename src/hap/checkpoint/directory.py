@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from hap.errors import HapError, unwritable
 
@@ -33,6 +36,12 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
             f"{directory} was not written by hap",
             expected=f"with overwrite a directory that holds {', '.join(RECORDS[:-1])} or {RECORDS[-1]}",
             remedy="choose another path, or remove it yourself",
+        )
+    if os.path.ismount(directory):
+        raise HapError(
+            f"{directory} is where another disk is mounted, and no directory can take its place",
+            expected="a path that can be replaced as a whole",
+            remedy=f"name a directory in it, such as {directory / 'run'}",
         )
     place = next(parent for parent in directory.absolute().parents if parent.exists())
     if not place.is_dir():
@@ -63,17 +72,29 @@ def fresh_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pat
             for file in fresh.rglob("*.safetensors"):  # which safetensors lets only the owner read
                 file.chmod(fresh.stat().st_mode & 0o666)
             _swap(fresh, directory, Path(place, "old"))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(directory, error) from error
 
 
 def _swap(fresh: Path, directory: Path, old: Path) -> None:
-    """Puts the new directory in place of what stood there, which goes to `old`; or leaves all as it was."""
+    """Puts the new directory in place of what stood there, which goes to `old`; or leaves all as it was.
+
+    What is new is whole, and kept beside where it cannot have its place.
+    """
     try:
         if directory.exists():
             os.replace(directory, old)
         os.replace(fresh, directory)
-    except BaseException:  # also an interrupt in between
+    except BaseException as error:  # also an interrupt in between
         if old.exists() and not directory.exists():
             os.replace(old, directory)
-        raise
+        if not (isinstance(error, OSError) and fresh.exists()):
+            raise
+        kept = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
+        os.replace(fresh, kept)
+        raise HapError(
+            f"{directory} cannot be replaced; what was to be there is whole, in {kept}",
+            expected="a directory that no other program holds",
+            got=str(error),
+            remedy=f"move {kept} there yourself",
+        ) from error

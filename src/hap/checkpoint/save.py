@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file
 from torch import nn
 
 from hap import pretrained
 from hap.batches import copied
 from hap.checkpoint.card import Opens, Origin, card
 from hap.checkpoint.directory import fresh_directory
-from hap.errors import HapError, unwritable
+from hap.errors import HapError
+from hap.files import write_model
 from hap.planning import Plan, versions
 from hap.surgery import apply_, dense_config
 
@@ -83,10 +83,7 @@ def write(
         HapError: the tensors cannot be written.
         OSError: the other files cannot be written; `fresh_directory` makes a HapError of it.
     """
-    try:
-        save_model(small, str(directory / MODEL))
-    except SafetensorError as error:  # what safetensors makes of an OSError
-        raise unwritable(MODEL, error) from error
+    write_model(directory / MODEL, small)
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
     opens: Opens = "code"
     if pretrained.is_pretrained(small):
@@ -97,14 +94,6 @@ def write(
     text = card(plan, versions(), results or {}, origin=origin, opens=opens)
     (directory / CARD).write_text(text, encoding="utf-8")
     shutil.copymode(directory / PLAN, directory / MODEL)  # safetensors lets only the owner read
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """The size of a model's safetensors file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL
-        save_model(model, str(path))
-        return path.stat().st_size
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, Plan]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
-from safetensors.torch import save_model
 
 import hap
 from hap.checkpoint import Origin, fresh_directory, refuse_existing, write
@@ -16,8 +14,8 @@ from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job, same_inputs
 from hap.cli.panels import MODEL, OUTPUT, TEACHER, TUNING, Data
 from hap.cli.screen import console, progress, warn
-from hap.errors import HapError, unwritable
-from hap.files import write_json
+from hap.errors import HapError
+from hap.files import write_json, write_model
 from hap.pipeline import Training
 from hap.pipeline.origin import origin, untrained
 from hap.pipeline.together import is_first
@@ -175,9 +173,6 @@ def _write(job: Job, directory: Path, about: Origin) -> None:
     if job.plan is not None:
         write(model, job.plan, directory, origin=about, tokenizer=job.tokenizer)
     elif is_pretrained(model):
-        save_dense(model, directory, job.tokenizer, job.source)
+        save_dense(model, directory, job.tokenizer)
     else:
-        try:
-            save_model(model, str(directory / WEIGHTS))
-        except SafetensorError as error:  # what safetensors makes of an OSError
-            raise unwritable(directory / WEIGHTS, error) from error
+        write_model(directory / WEIGHTS, model)

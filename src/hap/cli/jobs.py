@@ -39,12 +39,6 @@ class Job:
     dense: str | None = None
     normalisation: zoo.Normalisation | None = None
 
-    @property
-    def source(self) -> str | None:
-        """The directory, or the name on the hub, of a dense model of transformers."""
-        kind, _, name = (self.dense or "").partition(":")
-        return name if kind == "hf" else None
-
 
 def same_inputs(student: Job, teacher: Job) -> None:
     """Raises a HapError if the teacher would read the student's batches as something else."""
@@ -135,6 +129,8 @@ def open_job(
 def _normalisation(spec: str) -> zoo.Normalisation | None:
     """Of the images that the model was trained with; of a pruned one, its dense model."""
     source, _, name = spec.partition(":")
+    if source == "hap" and (Path(name) / pretrained.PROCESSOR).is_file():
+        return sources.normalisation(f"hf:{name}")
     try:
         return sources.normalisation(_dense_spec(Path(name)) if source == "hap" else spec)
     except HapError:

@@ -18,7 +18,13 @@ from hap.pipeline.origin import untrained
 from hap.pipeline.together import is_first
 from hap.types import Budget, silent
 
-LATENCIES = Path.home() / ".cache" / "hap" / "latency.json"
+
+def _latencies() -> Path | None:
+    """The file in the user's home directory, if there is one."""
+    try:
+        return Path.home() / ".cache" / "hap" / "latency.json"
+    except RuntimeError:
+        return None
 
 
 def prune(
@@ -52,9 +58,9 @@ def prune(
     ] = False,
     latency_batch: Annotated[int, BUDGET(help="Examples whose latency counts for --keep-latency.")] = 1,
     latency_cache: Annotated[
-        Path,
+        Path | None,
         BUDGET(help="Where measured layer times are kept for the next run.", show_default="~/.cache/hap/latency.json"),
-    ] = LATENCIES,
+    ] = None,
     units: Annotated[
         str | None, LEAVES(help="Kinds, with commas: heads, neurons, channels; default: all; heads for --keep-heads.")
     ] = None,
@@ -227,7 +233,7 @@ def prune(
             inexact=inexact,
             ignore=ignore or (),
             latency_batch=latency_batch,
-            latency_cache=latency_cache,
+            latency_cache=latency_cache or _latencies(),
         )
     if first:
         show(done)

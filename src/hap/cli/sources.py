@@ -167,4 +167,11 @@ def device(name: str) -> torch.device:
             got=str(error).splitlines()[0],
             remedy="--device cpu always works",
         ) from error
+    if found.type not in ("cpu", "cuda"):
+        raise HapError(
+            f"{found.type} devices are not supported",
+            expected="auto, cpu, cuda or cuda:N",
+            got=repr(name),
+            remedy="--device cpu: sums are taken in float64, which some devices lack",
+        )
     return found

@@ -49,7 +49,10 @@ def by_the_clock(decide: Callable[[Budget], Plan], limits: Budget, measured: Cal
         plan = decide(limits)
     except Unreachable as error:  # by the table, which may be wrong of the whole model
         refused, limit = error, goal * LOOSER
-        plan = decide(dataclasses.replace(limits, latency=limit))
+        try:
+            plan = decide(dataclasses.replace(limits, latency=limit))
+        except Unreachable:  # not for want of time
+            raise refused from None
     if not plan.implants and not any(decision.prune for decision in plan.decisions.values()):
         return _noted(plan, limits, 1.0)
     tried = [_Try(limit, plan, measured(plan))]

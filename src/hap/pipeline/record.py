@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from hap.batches import device_of
-from hap.checkpoint import Origin, stored_bytes, write
+from hap.checkpoint import Origin, write
 from hap.curvature import CRITERIA
-from hap.files import write_json
+from hap.files import stored_bytes, write_json
 from hap.pipeline.stages import Result
 from hap.planning import Latency, Plan, versions
 from hap.report import Comparison, Measured, Reached, has_plots, sensitivity_plot, table, width_plot

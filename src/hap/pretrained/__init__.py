@@ -8,10 +8,11 @@ from hap.pretrained.load import (
     load_tokenizer,
 )
 from hap.pretrained.package import transformers
-from hap.pretrained.record import CONFIG, is_pretrained, rebuild, save_dense, tokenizer_of, write
+from hap.pretrained.record import CONFIG, PROCESSOR, is_pretrained, rebuild, save_dense, tokenizer_of, write
 
 __all__ = [
     "CONFIG",
+    "PROCESSOR",
     "image_statistics",
     "is_classifier",
     "is_pretrained",

@@ -65,12 +65,12 @@ def load_image_classifier(path: str | Path, classes: int, *, seed: int = 0) -> n
     )
 
 
-def image_processor(path: str | Path) -> dict[str, Any] | None:
-    """What a model's files say of how its images are prepared; None where none says so."""
+def image_processor(path: str | Path, *, local: bool = False) -> dict[str, Any] | None:
+    """What a model's files say of how its images are prepared; None where none says so. `local` asks no hub."""
     reader = transformers().image_processing_utils.BaseImageProcessor
     with quiet():
         try:
-            found, _ = reader.get_image_processor_dict(os.path.expanduser(path))
+            found, _ = reader.get_image_processor_dict(os.path.expanduser(path), local_files_only=local)
         except (OSError, ValueError):
             return None
     return dict(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import sys
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 from torch import nn
 
 from hap.errors import HapError
+from hap.files import write_json
 from hap.pretrained.load import image_processor
 from hap.pretrained.package import quiet, transformers
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
+GENERATION = "generation_config.json"
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -39,23 +40,30 @@ def write(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    generating: Any = model
+    if generating.can_generate():
+        generating.generation_config.save_pretrained(directory)
+    _write_preparation(model, directory, tokenizer)
 
 
-def save_dense(model: nn.Module, directory: Path, tokenizer: Any = None, source: str | Path | None = None) -> None:
-    """Writes a model that is as its configuration says, so that `from_pretrained` opens it; and its tokenizer.
-
-    Of a model of images, also how images are prepared for it, as the files at `source` say.
-    """
+def save_dense(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
+    """Writes a model that is as its configuration says, so that `from_pretrained` opens it; and its tokenizer."""
     saved: Any = model
     with quiet():
         saved.save_pretrained(directory)
-        if tokenizer is not None:
+    _write_preparation(model, directory, tokenizer)
+
+
+def _write_preparation(model: nn.Module, directory: Path, tokenizer: Any) -> None:
+    """What makes a model's inputs: the tokenizer, or how images are prepared, by the files that the model came from."""
+    if tokenizer is not None:
+        with quiet():
             tokenizer.save_pretrained(directory)
-    prepared = None if source is None or tokenizer is not None else image_processor(source)
+        return
+    name = getattr(model, "name_or_path", "")
+    prepared = image_processor(name, local=True) if name else None
     if prepared is not None:
-        (directory / PROCESSOR).write_text(json.dumps(prepared, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(directory / PROCESSOR, prepared)
 
 
 def rebuild(directory: Path) -> nn.Module:
@@ -76,6 +84,8 @@ def rebuild(directory: Path) -> nn.Module:
         with quiet(), torch.random.fork_rng(devices=[]):
             config = package.AutoConfig.from_pretrained(directory)
             model = getattr(package, config.architectures[0])._from_config(config)
+            if model.can_generate() and (directory / GENERATION).is_file():
+                model.generation_config = package.GenerationConfig.from_pretrained(directory)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise HapError(
             f"{directory / CONFIG} cannot be read",

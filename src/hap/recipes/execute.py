@@ -9,15 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from hap import pretrained
-from hap.batches import device_of
 from hap.checkpoint import fresh_directory, refuse_existing
-from hap.errors import unwritable
-from hap.files import write_json
+from hap.files import write_json, write_model
 from hap.pipeline import Run, run
 from hap.pipeline.steps import Steps
 from hap.pipeline.together import is_first
@@ -27,6 +23,7 @@ from hap.recipes.work import DENSE, Work, as_data
 from hap.training import finetune
 from hap.types import Log, Progress, silent
 from hap.zoo import DataSplits
+from hap.zoo.weights import load_weights_
 
 logger = logging.getLogger(__name__)
 WEIGHTS, HISTORY = "model.safetensors", "training.json"
@@ -169,16 +166,13 @@ def _train_(
         shared = -(-batches // (1 if accelerator is None else accelerator.num_processes))
         steps.stage("dense/")({}, -(-shared // training.accumulate) * training.epochs)
     # From the file also what was trained just now: so that both are the same to the bit.
-    load_model(model, work.dense / WEIGHTS, device=str(device_of(model)))
+    load_weights_(model, work.dense / WEIGHTS)
     logger.info("the dense model is in %s", work.dense)
     return dict(json.loads((work.dense / HISTORY).read_text(encoding="utf-8")))
 
 
 def _write(model: nn.Module, directory: Path, tokenizer: Any) -> None:
     """The tensors, and of a Hugging Face model all that `from_pretrained` needs."""
-    try:
-        save_model(model, str(directory / WEIGHTS), metadata={"format": "pt"})
-    except SafetensorError as error:  # what safetensors makes of an OSError
-        raise unwritable(directory / WEIGHTS, error) from error
+    write_model(directory / WEIGHTS, model)
     if pretrained.is_pretrained(model):
         pretrained.write(model, directory, tokenizer)

@@ -63,7 +63,8 @@ class Work:
             if first:
                 for path in lost:
                     _remove(path)
-                if there != here:
+                if there != here:  # a run directory that the other recipe has made is not of this work
+                    begun = time.time_ns()
                     write_json(folder / RECIPE, {**here, BEGUN: begun})
             return Work(folder, first, begun)
         begun = time.time_ns()

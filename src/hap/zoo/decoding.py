@@ -19,7 +19,9 @@ def read_rgb(source: str | IO[bytes], name: str) -> Any:
     try:
         with require("PIL.Image").open(source) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
+    except HapError:  # there is no Pillow
+        raise
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
         raise HapError(
             f"cannot read {name}",
             expected="an image, such as JPEG or PNG",
