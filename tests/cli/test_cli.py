@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import hap
 from hap import zoo
 from hap.cli import app
-from hap.cli.jobs import Job, _dense_spec, _normalisation, same_inputs
-from hap.cli.sources import load_model, normalisation
-from hap.pretrained import save_dense
+from hap.cli.jobs import Job, _dense_spec, _prepared, open_job, same_inputs
+from hap.cli.sources import image_size, load_model, normalisation, parts
+from hap.pretrained import name_labels_, save_dense
 from hap.zoo.splits import IMAGENET
 
 
@@ -484,7 +484,7 @@ def test_how_images_are_normalised_is_written_with_the_model(tmp_path: Path) -> 
     hap.save(hap.load(tmp_path / "pruned")[0], plan, tmp_path / "again")
     shutil.rmtree(dense)
     shutil.rmtree(trained)
-    assert _normalisation(f"hap:{tmp_path / 'again'}") == expected
+    assert _prepared(f"hap:{tmp_path / 'again'}") == (expected, 8)
 
 
 def test_a_teacher_reads_what_the_student_reads() -> None:
@@ -509,3 +509,45 @@ def test_a_users_file_is_like_any_script(tmp_path: Path) -> None:
     before = list(sys.path)
     assert load_model(f"{tmp_path / 'my_net.py'}:build", None, 3).out_features == 3
     assert sys.path == before
+
+
+def test_images_have_the_size_that_the_model_was_made_for(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    assert image_size("timm:vit_base_patch16_384") == 384 and image_size("zoo:resnet20") is None
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(2):
+                image.new("RGB", (20, 20)).save(tmp_path / "data" / part / name / f"{i}.png")
+    job = open_job(f"hf:{tmp_path / 'vit'}", f"imagefolder:{tmp_path / 'data'}", seed=0, batch_size=2)
+    assert job.data.input_shape == (3, 8, 8)
+    assert job.model.config.id2label == {0: "a", 1: "b"}
+    own = open_job(f"hf:{tmp_path / 'vit'}", f"imagefolder:{tmp_path / 'data'}", seed=0, batch_size=2, image_size=12)
+    assert own.data.input_shape == (3, 12, 12)
+
+
+def test_labels_of_image_models_in_another_order_are_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        id2label={0: "dog", 1: "cat"}, label2id={"dog": 0, "cat": 1},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    model = load_model(f"hf:{tmp_path}", None, 2)
+    with pytest.raises(hap.HapError, match="labels in another order"):
+        name_labels_(model, ("cat", "dog"), tmp_path)
+    name_labels_(model, ("dog", "cat"), tmp_path)
+
+
+def test_words_that_name_models() -> None:
+    assert parts(r"C:\models\net.py:make") == (r"C:\models\net.py", "make")
+    assert parts(r"hf:C:\models\vit") == ("hf", r"C:\models\vit")
+    pytest.importorskip("timm")
+    with pytest.raises(hap.HapError, match="unknown timm model .vit_base_patch16_224.no_such"):
+        load_model("timm:vit_base_patch16_224.no_such", None, 10)

@@ -51,7 +51,8 @@ def test_budgets() -> None:
         ("'max_length' is no column", "'max_length' is no column"),
         ("there is no file /runs/seed=3/net", "there is no file /runs/seed=3/net"),
         ("there is no file ./seed=3.pt", "there is no file ./seed=3.pt"),
-        ("image_size is out of range", "image_size is out of range"),
+        ("image_size is out of range", "--image-size is out of range"),
+        ("channels_last is out of range", "channels_last is out of range"),
         ("check the model's name and classes=", "check the model's name and classes="),
     ],
 )

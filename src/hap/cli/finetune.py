@@ -35,6 +35,9 @@ def finetune(
     batch_size: Annotated[
         int | None, MODEL(help="Examples in a batch of each process; default 128, of texts 32.")
     ] = None,
+    image_size: Annotated[
+        int | None, MODEL(help="Height and width of imagefolder's images; default: the model's own, or 224.")
+    ] = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split.")] = None,
     workers: Annotated[int, MODEL(help="Processes that read the images of folders; 0: none.")] = 0,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
@@ -82,6 +85,7 @@ def finetune(
         "seed": seed,
         "limit": limit,
         "workers": workers,
+        "image_size": image_size,
         "max_length": max_length,
         "device": target,
     }

@@ -66,7 +66,7 @@ def _own_shape(spec: str, model: Any) -> tuple[int, ...]:
     if source == "zoo":
         return zoo.MODELS[name].input_shape
     config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None) or 224
+    size = getattr(config, "image_size", None) or sources.image_size(spec) or 224
     return (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
 
 

@@ -98,7 +98,10 @@ def open_job(
             error = unknown("data set", kind, zoo.DATASETS)
             remedy = error.remedy or "for texts name the task, such as --task glue/mrpc"
             raise HapError(error.what, expected=error.expected, got=error.got, remedy=remedy)
-        normalisation = _normalisation(model) if zoo.DATASETS[kind].resizes else None
+        normalisation = None
+        if zoo.DATASETS[kind].resizes:
+            normalisation, own_size = _prepared(model)
+            image_size = image_size or own_size
         splits = zoo.load_data(
             data,
             batch_size=batch_size,
@@ -126,23 +129,29 @@ def open_job(
     return Job(opened, splits, tokenizer, plan, dense=model if plan is None else None)
 
 
-def _normalisation(spec: str) -> zoo.Normalisation | None:
-    """Of the images that the model was trained with; of a pruned one, its dense model."""
+def _prepared(spec: str) -> tuple[zoo.Normalisation | None, int | None]:
+    """How the images are normalised that the model was trained with, and their size; of a pruned one by its own files.
+
+    Else its dense model's. None where nobody says.
+    """
     source, _, name = spec.partition(":")
-    if source == "hap" and (Path(name) / pretrained.PROCESSOR).is_file():
-        return sources.normalisation(f"hf:{name}")
     try:
-        return sources.normalisation(_dense_spec(Path(name)) if source == "hap" else spec)
+        if source == "hap":
+            spec = f"hf:{name}" if (Path(name) / pretrained.PROCESSOR).is_file() else _dense_spec(Path(name))
+        return sources.normalisation(spec), sources.image_size(spec)
     except HapError:
         if source == "hap":
-            return None  # it was written from Python, and does not say where it comes from
+            return None, None  # it was written from Python, and does not say where it comes from
         raise
 
 
 def _image_job(spec: str, weights: Path | None, data: zoo.DataSplits, seed: int) -> Job:
     source, _, name = spec.partition(":")
     if source != "hap":
-        return Job(sources.load_model(spec, weights, len(data.classes), seed=seed), data, dense=spec)
+        model = sources.load_model(spec, weights, len(data.classes), seed=seed)
+        if source == "hf":
+            pretrained.name_labels_(model, data.classes, name)
+        return Job(model, data, dense=spec)
     if weights is not None:
         raise _own_weights(weights)
     directory = Path(name)

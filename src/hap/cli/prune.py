@@ -37,6 +37,9 @@ def prune(
     ] = None,
     max_length: Annotated[int | None, MODEL(help="The most tokens of a text; default 128.")] = None,
     batch_size: Annotated[int | None, MODEL(help="Examples in a batch; default 128, of texts 32.")] = None,
+    image_size: Annotated[
+        int | None, MODEL(help="Height and width of imagefolder's images; default: the model's own, or 224.")
+    ] = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split, for quick runs.")] = None,
     workers: Annotated[int, MODEL(help="Processes that read images (imagefolder).")] = 0,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
@@ -191,6 +194,7 @@ def prune(
         seed=seed,
         limit=limit,
         workers=workers,
+        image_size=image_size,
         max_length=max_length,
         device=target,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from hap import pretrained, zoo
 from hap.errors import HapError, missing, unknown
 from hap.zoo.weights import load_weights_
 
+log = logging.getLogger(__name__)
 SPECS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:PATH or FILE.py:FUNCTION"
 
 
@@ -34,7 +36,7 @@ def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) 
     Raises:
         HapError: the spec is malformed, the name unknown, a package missing, or the weights do not fit.
     """
-    source, _, name = spec.rpartition(":")
+    source, name = parts(spec)
     if source == "zoo":
         return zoo.build(name, weights=weights, classes=classes, seed=seed)
     if source == "hf":
@@ -48,15 +50,37 @@ def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) 
     return model
 
 
+def parts(spec: str) -> tuple[str, str]:
+    """What comes before a spec's colon and after it: the last colon of FILE.py:FUNCTION, else the first."""
+    before, _, after = spec.rpartition(":")
+    if before.endswith(".py"):
+        return before, after
+    source, _, name = spec.partition(":")
+    return source, name
+
+
+def image_size(spec: str) -> int | None:
+    """Height and width of the images that a model from a spec was made for, where it says so and they are equal."""
+    source, name = parts(spec)
+    found: Any = None
+    if source == "hf":
+        found = pretrained.image_size(name)
+    elif source == "timm" and (settings := _timm_settings(name)) is not None:
+        found = settings.input_size[-2:]
+    sides = {*found} if isinstance(found, Sequence) else {found}
+    return sides.pop() if len(sides) == 1 else None
+
+
 def normalisation(spec: str) -> zoo.Normalisation | None:
     """Of the images that a model from a spec was trained with, where its files say so."""
-    source, _, name = spec.rpartition(":")
+    source, name = parts(spec)
     found: Any = None
     if source == "hf":
         found = pretrained.image_statistics(name)
-    elif source == "timm":
-        settings = _timm().get_pretrained_cfg(name)
-        found = None if settings is None else (settings.mean, settings.std)
+        if found is None:
+            log.warning("no file of %s says how its images are normalised: they are by ImageNet's constants", name)
+    elif source == "timm" and (settings := _timm_settings(name)) is not None:
+        found = settings.mean, settings.std
     return None if found is None else zoo.Normalisation(255, *found)
 
 
@@ -92,10 +116,25 @@ def _timm() -> Any:
         raise missing("timm:NAME needs", "timm", "models", error) from error
 
 
-def _of_timm(name: str, classes: int) -> nn.Module:
+def _timm_settings(name: str) -> Any:
+    """What timm knows of a model's images.
+
+    Raises:
+        HapError: it has no such model.
+    """
     timm = _timm()
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        kind = name.partition(".")[0]
+        raise unknown("timm model", name, timm.list_pretrained(f"{kind}*")) from error
+
+
+def _of_timm(name: str, classes: int) -> nn.Module:
+    timm = _timm()
+    _timm_settings(name)
     model: nn.Module = timm.create_model(name, num_classes=classes)
     return model
 

@@ -83,16 +83,17 @@ def _limited(limit: int | None, data: DataSplits) -> list[str]:
 
 def _public(spec: str) -> str:
     """Without the directory that a model or a file lies in here."""
-    source, _, name = spec.rpartition(":")
-    if source.endswith(".py"):
-        return f"{Path(source).name}:{name}"
+    file, _, function = spec.rpartition(":")
+    if file.endswith(".py"):
+        return f"{Path(file).name}:{function}"
+    source, _, name = spec.partition(":")
     local = source == "hf" and (Path(name).expanduser().exists() or name.startswith((".", "/", "~")))
     return f"{source}:{Path(name).name}" if local else spec
 
 
 def _build(spec: str, classes: int) -> str:
     """Python that makes the dense model of a spec; "" for one that is not code."""
-    source, _, name = spec.rpartition(":")
+    source, _, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     if source == "zoo":
         return f'from hap import zoo\n\ndense = zoo.build("{name}", classes={classes})  # the weights do not matter'
     if source == "torchvision":

@@ -76,6 +76,24 @@ def image_processor(path: str | Path, *, local: bool = False) -> dict[str, Any] 
     return dict(found)
 
 
+def image_size(path: str | Path) -> int | tuple[int, int] | None:
+    """The size of the images that a model was made for, by its configuration; None where that does not say."""
+    found = getattr(_config(path), "image_size", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else found
+
+
+def name_labels_(model: Any, labels: Sequence[str], path: str | Path) -> None:
+    """Writes the names of the classes into the configuration of a model of images, if it has none yet.
+
+    Raises:
+        HapError: it has these names in another order.
+    """
+    own = _names(model.config)
+    _need_same_order(own, labels, path)
+    if all(name.startswith("LABEL_") for name in own):
+        model.config.id2label, model.config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+
+
 def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The mean and the standard deviation that a model's images are normalised by; None where no file says so.
 
@@ -173,7 +191,7 @@ def _check_labels(config: Any, labels: Sequence[str], path: str | Path) -> None:
     """Refuses a trained head of other classes; an encoder has none."""
     if not any(name.endswith(HEAD) for name in config.architectures or ()):
         return
-    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    own = _names(config)
     if len(own) != len(labels):
         raise HapError(
             f"{path} was trained for other labels",
@@ -181,10 +199,18 @@ def _check_labels(config: Any, labels: Sequence[str], path: str | Path) -> None:
             got=f"{len(own)} classes: {', '.join(own[:8])}",
             remedy="choose the task that it was trained for, or start from the pretrained encoder",
         )
+    _need_same_order(own, labels, path)
+
+
+def _names(config: Any) -> list[str]:
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def _need_same_order(own: Sequence[str], labels: Sequence[str], path: str | Path) -> None:
     plain = [name.lower() for name in own]
     if plain != [name.lower() for name in labels] and set(plain) == {name.lower() for name in labels}:
         raise HapError(
-            f"{path} has the task's labels in another order",
+            f"{path} has the data's labels in another order",
             expected=", ".join(labels),
             got=", ".join(own),
             remedy="map the data's labels to the model's",
