@@ -202,8 +202,24 @@ def test_a_resumed_training_goes_on_from_the_plan(make, tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert again.plan == plan and again.done == 1
     assert sum(p.numel() for p in trainer.model.parameters()) == plan.small.params
+    longer = callback()  # by its schedule, nothing would be pruned yet
+    trainer = make(longer, **{**options, "max_steps": 20, "save_strategy": "no"})
+    trainer.model = trainer.model_wrapped = hap.load(checkpoint)[0]
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert longer.plan == plan and sum(p.numel() for p in trainer.model.parameters()) == plan.small.params
     (checkpoint / "plan.json").unlink()
     other = make(callback(), **options)
     other.model = other.model_wrapped = hap.load(tmp_path / "trainer" / "checkpoint-6")[0]
     with pytest.raises(HapError, match="goes on after a pruning"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_callback_prunes_in_every_training_of_a_dense_model(make) -> None:
+    callback = PruningCallback(hap.Budget(heads=0.5), criterion="magnitude")
+    for _ in range(2):
+        trainer = make(callback, max_steps=1)
+        dense = sum(p.numel() for p in trainer.model.parameters())
+        trainer.train()
+        assert sum(p.numel() for p in trainer.model.parameters()) == callback.plan.small.params < dense
+    trainer.train()  # goes on with what is small
+    assert sum(p.numel() for p in trainer.model.parameters()) == callback.plan.small.params

@@ -51,11 +51,12 @@ class PruningCallback(Base):
         budget: what may remain, of the model as it is when training begins.
         start: fraction of all training steps after which to prune for the first time; 0 is before the first.
         end: the fraction after which to prune for the last time, if there are several.
-        times: how often to prune; implants come in the last time.
+        times: how often to prune; implants, if there are any, come in the last time.
         batches: calibration data, read in each step; None for the training set in random order.
         loss: as in `hap.prune`.
         seed: of the order of calibration, and of everything drawn at random.
-        settings: the other options of `hap.prune`, such as ``criterion`` or ``samples``.
+        settings: the other options of `hap.prune`, such as ``criterion`` or ``samples``. `implant_ratio` is 0 unless
+            given.
 
     Attributes:
         plan: one plan for the model as it was when training began, whatever the number of steps; None before the first.
@@ -104,9 +105,12 @@ class PruningCallback(Base):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses what cannot work, and prunes if the schedule says so."""
-        _check(args)
-        if state.global_step and self._due(state):
-            self._resume(Path(args.output_dir, f"checkpoint-{state.global_step}"), given["model"])
+        _check(args, state)
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.global_step and (self._due(state) or (checkpoint / PLAN).exists()):  # the schedule may have changed
+            self._resume(checkpoint, given["model"])
+        elif self.plan is not None and _size(given["model"]) != self.plan.small.params:  # another training's
+            self.plan, self.done = None, 0
         self._prune_if_due(state, **given)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -129,7 +133,7 @@ class PruningCallback(Base):
             plan = Plan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
         except OSError as error:
             raise _resumed(f"no plan there: {error}", checkpoint) from error
-        params = sum(parameter.numel() for parameter in model.parameters())
+        params = _size(model)
         if params != plan.small.params:
             raise _resumed(f"a model of {params:,} parameters", checkpoint)
         self.plan, self.done = plan, plan.options["iterations"]
@@ -153,6 +157,10 @@ class PruningCallback(Base):
         log.info("pruning %d of %d: %s parameters are left", due, len(self._at), f"{plan.small.params:,}")
 
 
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _resumed(got: str, checkpoint: Path) -> HapError:
     return HapError(
         "the training goes on after a pruning, and this model is not what was pruned",
@@ -163,8 +171,9 @@ def _resumed(got: str, checkpoint: Path) -> HapError:
     )
 
 
-def _check(args: Any) -> None:
+def _check(args: Any, state: Any) -> None:
     problems = {
+        "a search of hyperparameters": state.is_hyper_param_search,
         "several processes": args.world_size > 1,
         "DeepSpeed": bool(args.deepspeed),
         "FSDP": bool(args.fsdp),
