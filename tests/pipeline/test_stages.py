@@ -109,16 +109,25 @@ def test_auto_measures_until_settled_at_the_budget(
     assert result.verification.ok
 
 
-def test_optimal_measures_pairs_and_implants(model: nn.Module, data: zoo.DataSplits) -> None:
-    result = hap.prune(model, data.calibration, None, hap.Budget(params=0.5), mode="optimal", samples=128)
-    assert result.sensitivity.gram is not None and result.plan.options["joint"]
-    assert result.plan.predicted is not None and result.plan.implants
-    alone = hap.prune(
-        model, data.calibration, None, hap.Budget(params=0.5), mode="optimal", samples=128, implant_ratio=0, joint=False
-    )
-    assert alone.sensitivity.gram is None and not alone.plan.implants
-    for found in (result, alone):
+def test_pairs_are_measured_where_nothing_is_implanted_or_when_told(model: nn.Module, data: zoo.DataSplits) -> None:
+    def pruned(**options: Any) -> Any:
+        return hap.prune(model, data.calibration, None, hap.Budget(params=0.5), samples=128, **options)
+
+    implanted, alone, told = pruned(), pruned(implant_ratio=0), pruned(joint=True)
+    assert implanted.plan.predicted is not None and implanted.plan.implants and not alone.plan.implants
+    for found, together in ((implanted, False), (alone, True), (told, True)):
+        assert (found.sensitivity.gram is not None) == found.plan.options["joint"] == together
         assert found.verification.ok and 0.98 <= found.plan.small.params / found.plan.dense.params / 0.5 <= 1
+
+
+def test_heads_are_chosen_together_with_implants_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(6, 16), layer, nn.Flatten(), nn.Linear(80, 3)).eval()
+    x, budget = torch.randn(64, 5, 6), hap.Budget(heads=0.5)
+    for units, together in ((["head"], True), (None, False)):
+        result = hap.prune(model, [(x, torch.arange(64) % 3)], None, budget, units=units)
+        assert result.plan.options["joint"] == together
 
 
 def test_other_criteria_choose_one_by_one(model: nn.Module, data: zoo.DataSplits) -> None:

@@ -85,8 +85,8 @@ def prune(
     samples: Annotated[
         str | None,
         METHOD(
-            help="Calibration examples; auto: until the ranking is settled, 8192 at most; default: 2048 where units "
-            "are chosen together, else 512."
+            help="Calibration examples; auto: until the ranking is settled, 8192 at most; default: 2048 for "
+            "criteria that can choose units together (mode optimal), else 512."
         ),
     ] = None,
     draws: Annotated[int | None, METHOD(help="Probes per batch, or labels per example; default by criterion.")] = None,
@@ -97,7 +97,8 @@ def prune(
         bool | None,
         METHOD(
             "--joint/--no-joint",
-            help="optimal: choose units together, or one by one; default: together where the criterion can.",
+            help="optimal: choose units together, or one by one; default: together where the criterion can and "
+            "there are no implants, or heads alone leave.",
         ),
     ] = None,
     implant_ratio: Annotated[

@@ -29,8 +29,8 @@ from hap.types import Budget, Progress, Sensitivity, Structure, Verification, si
 T = TypeVar("T")
 PAIRS = 8192  # units of which the matrix of all pairs, 8 bytes each, is measured unasked: half a gigabyte
 CAP = 8192  # calibration examples, at most, for samples="auto"
-TOGETHER = 2048  # where units are chosen together: the matrix of pairs takes more than single scores do
-FIT = 512  # where they are not; and those that implants are fitted on
+MANY = 2048  # examples for criteria that know pairs of units: cheap ones, and a matrix takes more than single scores do
+FIT = 512  # for other criteria; and those that implants are fitted on
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ def prune(
         criterion, draws: see `hap.measure`.
         mode, implant_ratio, floor, minimum, maximum, round_to, protect, units, inexact: see `hap.decide`. In mode
             ``optimal`` implants of every form are measured on the data, unless `implant_ratio` is 0.
-        joint: see `hap.decide`; "auto" measures the Gram matrix in mode ``optimal`` where the criterion has one and
-            the units are no more than 8192.
-        samples: calibration examples, for measuring and for fitting the implants. None measures on 2048 where units
-            are chosen together and on 512 where not, "auto" until the ranking is settled where the budget's fraction
-            of the units stays (see `hap.measure`); both fit on 512.
+        joint: see `hap.decide`; "auto" measures the Gram matrix in mode ``optimal`` where the criterion has one, the
+            units are no more than 8192, and either nothing may be implanted or `units` are heads alone: plans with
+            implants of channels are better without it (docs/implants.md).
+        samples: calibration examples, for measuring and for fitting the implants. None measures on 2048 in mode
+            ``optimal`` with a criterion that has a Gram matrix and on 512 else, "auto" until the ranking is settled
+            where the budget's fraction of the units stays (see `hap.measure`); both fit on 512.
         seed: of everything drawn at random.
         ignore: see `hap.trace`.
         latency_batch: a budget of latency counts the time of so many examples. Without one nothing is timed, and
@@ -109,7 +110,7 @@ def prune(
             promised.
     """
     ignore, protect, units = tuple(ignore), tuple(protect), None if units is None else tuple(units)
-    most = examples(samples=samples, criterion=criterion, mode=mode, joint=joint)
+    most = examples(samples=samples, criterion=criterion, mode=mode)
     fit = fitted_on(samples)
     data = list(take(batches, most, device_of(model)))
     args, kwargs = arguments(data[0])
@@ -134,6 +135,11 @@ def prune(
     if after is None and counted:
         check_measured(Budget(**counted), CostModel(structure).dense)
 
+    def together() -> bool:
+        """Whether the matrix of all pairs helps: it leads plans with implants of channels astray, and not of heads."""
+        few = sum(family.size for family in structure.families) <= PAIRS
+        return _knows_pairs(criterion) and few and (not implant_ratio or units == ("head",))
+
     def choose() -> tuple[Sensitivity, Plan]:
         dense, table = CostModel(structure).dense, None
         limits = budget if after is None else rescaled(budget, after, dense)
@@ -150,7 +156,7 @@ def prune(
                 cap=CAP,
                 draws=draws,
                 seed=seed,
-                gram=_together(criterion, mode, joint) and (joint is True or _units(structure) <= PAIRS),
+                gram=mode == "optimal" and (together() if joint == "auto" else joint),
                 state=Path(state, "measure.safetensors") if state and _resumable(criterion) else None,
                 progress=progress,
             )
@@ -245,28 +251,22 @@ def examples(
     samples: int | Literal["auto"] | None = None,
     criterion: str | Criterion = "gate-fisher",
     mode: Mode = "optimal",
-    joint: Joint = "auto",
     **_: object,
 ) -> int:
     """How many calibration examples `prune` reads at most, with these settings."""
     if samples is None:
-        return TOGETHER if _together(criterion, mode, joint) else FIT
+        return MANY if mode == "optimal" and _knows_pairs(criterion) else FIT
     return CAP if samples == "auto" else samples
 
 
 def fitted_on(samples: int | Literal["auto"] | None = None) -> int:
-    """How many of them implants, batch-norm statistics and refits are computed from."""
+    """How many of them implants are fitted on."""
     return samples if isinstance(samples, int) else FIT
 
 
-def _together(criterion: str | Criterion, mode: Mode, joint: Joint) -> bool:
-    """Whether units are to be chosen by the matrix of all pairs; "auto" says so where the criterion knows it."""
+def _knows_pairs(criterion: str | Criterion) -> bool:
     known = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
-    return mode == "optimal" and (known is not None and known.has_gram if joint == "auto" else joint)
-
-
-def _units(structure: Structure) -> int:
-    return sum(family.size for family in structure.families)
+    return known is not None and known.has_gram
 
 
 def _resumable(criterion: str | Criterion) -> bool:
