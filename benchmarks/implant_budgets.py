@@ -210,10 +210,14 @@ def _row(task: Task, find: Contender, test: int, steps: int) -> Row:
     scored(refitted, "refitted")
     if steps:
         for key, start_from in (("tuned", small), ("refitted_tuned", refitted)):
-            batches = islice(setting.splits.train.epoch(task.seed), steps)  # the same for every contender
-            hap.finetune(start_from, list(batches), epochs=1, lr=0.01, seed=task.seed)
+            tune_(start_from, setting, steps, task.seed)
             scored(start_from, key)
     return row
+
+
+def tune_(model: nn.Module, setting: Setting, steps: int, seed: int = 0) -> None:
+    """Trains on so many batches, the same for every contender."""
+    hap.finetune(model, list(islice(setting.splits.train.epoch(seed), steps)), epochs=1, lr=0.01, seed=seed)
 
 
 COLUMNS = ("as_cut", "recalibrated", "refitted", "tuned", "refitted_tuned")

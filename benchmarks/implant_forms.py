@@ -13,6 +13,7 @@ import torch
 import typer
 from curvature_records import Records, Row, read, rounded
 from curvature_setting import DATA, RESULTS, Data, Results, Setting, load
+from implant_budgets import tune_
 
 import hap
 from hap import batches
@@ -28,8 +29,9 @@ def forms(
     results: Results = RESULTS,
     samples: Annotated[int, typer.Option(help="Calibration images.")] = 256,
     test: Annotated[int, typer.Option(help="Test images of the accuracies.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Of fine-tuning, 128 images each; 0 for none.")] = 60,
 ) -> None:
-    """Undone variance by layer, form and rank; accuracy by form and start."""
+    """Undone variance by layer, form and rank; accuracy by form and start, also after fine-tuning."""
     setting = load(data)
     records = Records(results / "implant-forms.jsonl", samples=samples, test=test)
     calibration = setting.calibration(samples)
@@ -45,6 +47,12 @@ def forms(
             if not records.has(kind="start", form=form, part=rank, init=init):
                 row = _start(setting, found, form, rank, init, calibration, test)
                 records.add(row, f"{form} {rank} from {init}: {row['cut']:.3f}, recalibrated {row['recalibrated']:.3f}")
+            if steps and not records.has(kind="tuned", form=form, part=rank, init=init, steps=steps):
+                small = hap.apply(setting.model, _halved(setting, found, form, rank), calibration, init=init)
+                tune_(small, setting, steps)
+                accuracy = hap.evaluate(small, setting.splits.test, samples=test).accuracy
+                row = {"kind": "tuned", "form": form, "part": rank, "init": init, "steps": steps, "tuned": accuracy}
+                records.add(row, f"{form} {rank} from {init}, tuned: {accuracy:.3f}")
     print(_undone_table(records.rows), _start_table(records.rows), sep="\n\n")
 
 
@@ -91,16 +99,8 @@ def _start(
     calibration: list[batches.Batch],
     test: int,
 ) -> Row:
-    """Half of the filters of every second convolution get implants: those that 1 x 1 ones would serve best."""
-    implants = {}
-    for name in _second(setting):
-        best = next(o for o in found[name] if o.form == "pointwise").undone.argsort()
-        rows = sorted(best[: round(HALF * len(best))].tolist())
-        rank = next(o.rank for o in found[name] if (o.form, _part(setting, name, o)) == (form, part))
-        if rank is not None and form != "depthwise":
-            rank = max(1, round(HALF * rank))
-        implants[name] = Implant(tuple(rows), form, rank)
-    plan = _plan(setting, implants)
+    """Accuracies with implants in half of the filters of every second convolution, see `_halved`."""
+    plan = _halved(setting, found, form, part)
     small = hap.apply(setting.model, plan, calibration, init=init)
     again = copy.deepcopy(small)
     hap.recalibrate_(again, calibration)
@@ -110,6 +110,19 @@ def _start(
     }
     params = plan.small.params / plan.dense.params
     return {"kind": "start", "form": form, "part": part, "init": init, "params": params, **accuracies}
+
+
+def _halved(setting: Setting, found: Mapping[str, tuple[Option, ...]], form: str, part: str) -> hap.Plan:
+    """Half of the filters of every second convolution get implants: those that 1 x 1 ones would serve best."""
+    implants = {}
+    for name in _second(setting):
+        best = next(o for o in found[name] if o.form == "pointwise").undone.argsort()
+        rows = sorted(best[: round(HALF * len(best))].tolist())
+        rank = next(o.rank for o in found[name] if (o.form, _part(setting, name, o)) == (form, part))
+        if rank is not None and form != "depthwise":
+            rank = max(1, round(HALF * rank))
+        implants[name] = Implant(tuple(rows), form, rank)
+    return _plan(setting, implants)
 
 
 def _plan(setting: Setting, implants: Mapping[str, Implant]) -> hap.Plan:
@@ -140,10 +153,13 @@ def _undone_table(rows: Iterable[Row]) -> str:
 
 def _start_table(rows: Iterable[Row]) -> str:
     """Accuracies in per cent."""
-    lines = ["| form | rank | start | params | as cut | recalibrated |", "|---|---|---|---|---|---|"]
+    rows = list(rows)
+    tuned = {(row["form"], row["part"], row["init"]): row["tuned"] for row in rows if row["kind"] == "tuned"}
+    lines = ["| form | rank | start | params | as cut | recalibrated | tuned |", "|---|---|---|---|---|---|---|"]
     for row in (row for row in rows if row["kind"] == "start"):
         cells: list[Any] = [row["form"], row["part"], row["init"], f"{row['params']:.2f}"]
-        cells += [f"{100 * row[key]:.1f}" for key in ("cut", "recalibrated")]
+        after = tuned.get((row["form"], row["part"], row["init"]))
+        cells += ["" if value is None else f"{100 * value:.1f}" for value in (row["cut"], row["recalibrated"], after)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
