@@ -224,21 +224,23 @@ COLUMNS = ("as_cut", "recalibrated", "refitted", "tuned", "refitted_tuned")
 
 
 def table(rows: Sequence[Row], model: str) -> str:
-    """Accuracies in per cent, by budget and contender."""
+    """What is kept, and accuracies, in per cent, by budget and contender."""
     rows = [row for row in rows if row["model"] == model]
     if not rows:
         return NONE
     dense = next(row["accuracy"] for row in rows if row["contender"] == "dense")
     lines = [
-        "| budget | contender | implants | as cut | recalibrated | refitted | recalibrated, tuned | refitted, tuned |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| | dense | | {100 * dense:.1f} | | | | |",
+        "| budget | contender | implants | params | MACs | as cut | recalibrated | refitted | recalibrated, tuned "
+        "| refitted, tuned |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| | dense | | 100 | 100 | {100 * dense:.1f} | | | | |",
     ]
     keys = dict.fromkeys((row["of"], row["keep"], row["contender"]) for row in rows if "keep" in row)
     for of, share, name in sorted(keys, key=lambda k: (k[0] != "params", -k[1])):
         found = [r for r in rows if (r.get("of"), r.get("keep"), r["contender"]) == (of, share, name)]
         mine = list({r["seed"]: r for r in sorted(found, key=lambda r: r["steps"])}.values())  # the most steps of each
         cells = [f"{share:.0%} of {of}", name, f"{mean(r['implanted'] for r in mine):.0f}"]
+        cells += [f"{100 * mean(r[cost] for r in mine):.1f}" for cost in ("params", "macs")]
         cells += [_cell([100 * r[c] for r in mine if c in r]) for c in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import implant_budgets
 import implant_forms
+import implant_goals
 import implant_latency
 import implant_predicted
 import typer
@@ -36,7 +37,7 @@ app.command()(latency)
 @app.command()
 def tables(results: Results = RESULTS, page: Path = ROOT / "docs/implants.md") -> None:
     """Fills the page's tables from the raw results."""
-    parts = (implant_forms, implant_budgets, implant_predicted, implant_latency)
+    parts = (implant_forms, implant_budgets, implant_predicted, implant_latency, implant_goals)
     page.write_text(filled(page.read_text(), {name: t for part in parts for name, t in part.tables(results).items()}))
 
 

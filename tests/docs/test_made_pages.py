@@ -19,7 +19,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_implants(load) -> None:
-    names = ("implant_forms", "implant_budgets", "implant_predicted", "implant_latency")
+    names = ("implant_forms", "implant_budgets", "implant_predicted", "implant_latency", "implant_goals")
     made = {name: table for part in names for name, table in load(part).tables(RESULTS).items()}
     page = (ROOT / "docs" / "implants.md").read_text()
     assert load("curvature_tables").filled(page, made) == page
