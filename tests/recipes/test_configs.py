@@ -42,6 +42,7 @@ def test_recipes_are_valid_and_comparable(row: str) -> None:
     assert published.finetune.epochs == ours.finetune.epochs
     assert (published.measure.criterion, published.plan.mode) == ("hessian-trace", "paper")
     assert (published.measure.samples, published.measure.draws) == (512, 300)
+    assert recipes.read(CONFIGS / f"{row}.yaml", limit=256).measure.draws == 16
     assert (ours.measure.criterion, ours.plan.mode) == ("gate-fisher", "optimal")
     assert published.notes and ours.notes
 
