@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from hap.errors import HapError
 
+IGNORED_LABEL = -100  # as `torch.nn.functional.cross_entropy` and Hugging Face have it
+
 Batch = Any
 Loss = Callable[[Any, Batch], torch.Tensor]
 
@@ -142,17 +144,22 @@ def default_loss(outputs: Any, batch: Batch) -> torch.Tensor:
             remedy="pass your own loss(outputs, batch)",
         )
     if labels.device.type == "cpu":  # elsewhere, looking at the labels would stop the device at every step
-        _check_labels(labels, scores.shape[1])
+        check_labels(labels, scores.shape[1])
     return F.cross_entropy(scores, labels)
 
 
-def _check_labels(labels: torch.Tensor, classes: int) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if high >= classes or (low < 0 and low != -100):
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Refuses labels that are neither classes nor `IGNORED_LABEL`.
+
+    Raises:
+        HapError: there is one.
+    """
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)]
+    if len(wrong):
         raise HapError(
             "a label is out of range",
-            expected=f"labels from 0 to {classes - 1}, one for each output of the model",
-            got=f"labels from {low} to {high}",
+            expected=f"labels from 0 to {classes - 1}, one for each output, or {IGNORED_LABEL} to ignore one",
+            got=f"labels from {int(wrong.min())} to {int(wrong.max())} besides",
             remedy="check that the model's number of classes is the data set's",
         )
 

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from hap.cli.lines import Lines
 from hap.pipeline import Run
+from hap.pipeline.clock import missed
 from hap.report import Comparison
 
 T = TypeVar("T")
@@ -124,9 +125,11 @@ def show(run: Run) -> None:
     console.print(rich_table(run.comparison))
     console.print("latency small vs dense: the median of paired runs, which other work on the machine disturbs less")
     console.print(f"accuracy and loss: of {run.tested:,} test examples")
+    spent = ", ".join(f"{stage} {seconds:,.0f}" for stage, seconds in run.seconds.items() if seconds >= 0.5)
+    console.print(f"seconds: {spent or 'under one'}")
     for note in run.notes:
         console.print(f"note: {note}", highlight=False)
-    if plan.budget.latency is not None and plan.options.get("latency_measured", 0) > 1.05 * plan.budget.latency:
+    if missed(plan):
         console.print(
             f"the goal of {plan.budget.latency:.2f} of the latency was missed: give a smaller --keep-latency, or make "
             "implants dense again where that is faster: hap.merge(small, faster_on=inputs)"

@@ -21,8 +21,6 @@ from hap import batches
 from hap.curvature.outputs import entry, finite_scores, labels_like, need_finite, scores_of, unfit
 from hap.errors import HapError
 
-IGNORED_LABEL = -100  # as `torch.nn.functional.cross_entropy` and Hugging Face have it
-
 Directions = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -97,9 +95,9 @@ class Categorical(Likelihood):
 
     def check(self, outputs: Any, batch: batches.Batch) -> None:
         """Refuses labels that are no classes, on any device: to pick by one on a GPU would end the use of it."""
-        scores, labels, counted = self._read(outputs, batch)
+        scores, labels, _ = self._read(outputs, batch)
         if labels is not None:
-            _check_range(labels, counted, scores.shape[1])
+            batches.check_labels(labels, scores.shape[1])
 
     def total(self, outputs: Any, batch: batches.Batch) -> torch.Tensor:
         """See `Objective.total`."""
@@ -107,7 +105,7 @@ class Categorical(Likelihood):
         if labels is None:
             raise unfit("cross-entropy", "int64 labels, one for each set of class scores", scores, batch)
         if labels.device.type == "cpu":  # elsewhere, looking at the labels would stop the device at every step
-            _check_range(labels, counted, scores.shape[1])
+            batches.check_labels(labels, scores.shape[1])
         return _picked(self._log_p(scores, counted), labels.masked_fill(~counted, 0), counted).neg()
 
     def sampled(self, outputs: Any, batch: batches.Batch, generator: torch.Generator) -> torch.Tensor:
@@ -150,7 +148,7 @@ class Categorical(Likelihood):
         labels = given if given is not None and given.dtype == torch.int64 and given.shape == positions else None
         mask = entry(batch, "attention_mask")
         if labels is not None:
-            counted = labels != IGNORED_LABEL
+            counted = labels != batches.IGNORED_LABEL
         elif mask is not None and mask.shape == positions:
             counted = mask != 0
         else:
@@ -252,16 +250,6 @@ def _rows(scores: torch.Tensor) -> torch.Tensor:
 
 def _outputs_of_each(scores: torch.Tensor) -> torch.Tensor:
     return torch.full((len(scores),), scores[0].numel(), device=scores.device)
-
-
-def _check_range(labels: torch.Tensor, counted: torch.Tensor, classes: int) -> None:
-    if bool((((labels < 0) | (labels >= classes)) & counted).any()):
-        raise HapError(
-            "a label is out of range",
-            expected=f"labels from 0 to {classes - 1}, or {IGNORED_LABEL} for one to ignore",
-            got=f"labels from {int(labels.min())} to {int(labels.max())}",
-            remedy="check that the model's number of classes is the data set's",
-        )
 
 
 def _picked(log_p: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,12 @@ LOOSER = 1.5  # than the goal: the limit for a table that says that it cannot be
 ROOM = 0.05  # of the goal: less time left over is not worth another decision
 
 
+def missed(plan: Plan) -> bool:
+    """Whether the clock found that the plan's model takes longer than its budget allows."""
+    measured, limit = plan.options.get("latency_measured"), plan.budget.latency
+    return limit is not None and measured is not None and measured > limit * (1 + TOLERANCE)
+
+
 def by_the_clock(decide: Callable[[Budget], Plan], limits: Budget, measured: Callable[[Plan], float]) -> Plan:
     """Decides, times the small model against the dense one, and decides again for what the table should have said.
 

@@ -194,37 +194,43 @@ def prune(
     if state is None:
         sensitivity, plan = choose()
     else:
-        known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
-        measured = {"criterion": known, "samples": samples, "draws": draws, "seed": seed, "ignore": ignore}
-        settings = {
-            **choice,
-            **measured,
-            "budget": budget,
-            "after": after and after.small,
-            "latency_batch": latency_batch,
-        }
-        settings["loss"] = None if loss is None else _said(model, loss, data[0])
-        weights = digest([*model.parameters(), *model.buffers()])
-        run = {
-            "weights": weights,
-            "data": digest(dict(enumerate(data))),
-            **{name: str(value) for name, value in settings.items()},
-        }
+        measured = {"samples": samples, "draws": draws, "seed": seed, "ignore": ignore, "latency_batch": latency_batch}
+        settings = {**choice, **measured, "budget": budget, "after": after and after.small}
+        run = _identity(model, data, loss, criterion, settings)
         sensitivity, plan = once(Path(state), run, choose)
     plan = by_the_first(lambda: plan)
     with timed("apply"):
         small = apply(model, plan, data, samples=fit, progress=progress)
     with timed("verify"):
         verification = step(progress, "verifying", lambda: verify(model, small, plan, args, kwargs))
-    if not verification.ok:
-        wanted = "a relative error of at most 1e-9" if verification.exact else "finite outputs of the dense shapes"
-        raise HapError(
-            "the pruned model does not compute what the plan promised",
-            expected=f"{wanted} and {verification.promised_params:,} parameters",
-            got=f"an error of {verification.max_relative_error:.1e} and {verification.params:,}",
-            remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
-        )
+    _need(verification)
     return Result(small, structure, sensitivity, plan, verification)
+
+
+def _identity(
+    model: nn.Module, data: list[Batch], loss: Loss | None, criterion: str | Criterion, settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """What makes a choice what it is: another one is not to go on from it."""
+    known = criterion if isinstance(criterion, str) else f"{criterion.label} {vars(criterion)}"
+    said = None if loss is None else _said(model, loss, data[0])
+    return {
+        "weights": digest([*model.parameters(), *model.buffers()]),
+        "data": digest(dict(enumerate(data))),
+        **{name: str(value) for name, value in {**settings, "criterion": known, "loss": said}.items()},
+    }
+
+
+def _need(verification: Verification) -> None:
+    """Raises a HapError if the small model is not what the plan promised."""
+    if verification.ok:
+        return
+    wanted = "a relative error of at most 1e-9" if verification.exact else "finite outputs of the dense shapes"
+    raise HapError(
+        "the pruned model does not compute what the plan promised",
+        expected=f"{wanted} and {verification.promised_params:,} parameters",
+        got=f"an error of {verification.max_relative_error:.1e} and {verification.params:,}",
+        remedy="a rule of hap.structure is wrong for this model: please report it; ignore= leaves modules alone",
+    )
 
 
 def _forms(

@@ -1,6 +1,6 @@
 """What a user reads afterwards: tables, plots and files of results."""
 
-from hap.report.comparison import Comparison, Measured, Quantity, Row, markdown, table
+from hap.report.comparison import Comparison, Measured, Quantity, Row, table
 from hap.report.figures import has_plots
 from hap.report.sensitivities import Spectrum, sensitivity_plot, spectrum
 from hap.report.targets import Aim, Reached, Target, reached
@@ -17,7 +17,6 @@ __all__ = [
     "Spectrum",
     "Target",
     "has_plots",
-    "markdown",
     "reached",
     "sensitivity_plot",
     "spectrum",

@@ -36,7 +36,6 @@ _LABELS: dict[Quantity, str] = {
     "matthews": "Matthews correlation",
     "loss": "loss",
 }
-_HEADER = ("", "dense", "small", "small vs dense")
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,8 @@ def table(
     >>> comparison = table({"params": (269_722, 134_861), "accuracy": (0.873, 0.861)})
     >>> comparison.rows[0].ratio
     0.5
-    >>> print(markdown(comparison))
-    |            |   dense |   small | small vs dense |
-    |:-----------|--------:|--------:|---------------:|
-    | parameters | 269,722 | 134,861 |          0.50× |
-    | accuracy   | 87.30 % | 86.10 % |   -1.20 points |
+    >>> comparison.rows[1].cells()
+    ('accuracy', '87.30 %', '86.10 %', '-1.20 points')
     """
     for name in (*rows, *(ratios or {})):
         if name not in get_args(Quantity):
@@ -127,18 +123,6 @@ def table(
             quotient = after.value / before.value if before.value else math.nan
             made.append(Row(name, before, after, (ratios or {}).get(name, quotient)))
     return Comparison(tuple(made))
-
-
-def markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown table, padded so that it reads well in a terminal too."""
-    lines = [_HEADER, *(row.cells() for row in comparison.rows)]
-    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        [f" {label:<{first}} ", *(f" {cell:>{width}} " for cell, width in zip(cells, others, strict=True))]
-        for label, *cells in lines
-    ]
-    text.insert(1, [":" + "-" * (first + 1), *("-" * (width + 1) + ":" for width in others)])
-    return "\n".join(f"|{'|'.join(cells)}|" for cells in text)
 
 
 def _measured(value: float | Measured) -> Measured:

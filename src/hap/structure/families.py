@@ -52,7 +52,7 @@ def families(units: Units, convolutions: set[str]) -> tuple[tuple[Family, ...], 
 
 
 def _table(units: Units) -> _Table:
-    roots = {key: units.roots(owner.ids) for key, owner in units.owners.items()}
+    roots = {key: units.roots(ids) for key, ids in units.owners.items()}
     every = np.unique(np.concatenate([np.arange(0), *roots.values()]))
     axes = {key: np.searchsorted(every, found) for key, found in roots.items()}
     roles: dict[Key, Role] = {key: units.roles.get(key, "follower") for key in axes}

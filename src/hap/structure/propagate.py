@@ -36,7 +36,7 @@ def propagate(program: ExportedProgram, units: Units, model: nn.Module) -> Conte
     without units: never a guess.
     """
     every = dict(_tensors_of(model))
-    context = Context(units, dict(model.named_modules(remove_duplicate=False)), every)
+    context = Context(units, dict(model.named_modules(remove_duplicate=False)))
     aliases, parameters = _aliases(every), parameter_names(program)
     names: Names = {}
     inputs: list[Any] = []

@@ -80,7 +80,7 @@ def trace(
 
 def _freeze(units: Units, family: Family, reason: str) -> None:
     for member in family.members:
-        ids = units.owners[member.parameter, member.axis].ids
+        ids = units.owners[member.parameter, member.axis]
         units.freeze(ids[[i for unit in member.indices for i in unit]], reason)
 
 
@@ -132,16 +132,16 @@ def _freeze_special(model: nn.Module, units: Units) -> None:
     fixed = dict(model.named_buffers())
     for key, role in units.roles.items():
         if key[0] in fixed and role != "follower":
-            units.freeze(units.owners[key].ids, "a weight that is a buffer")
+            units.freeze(units.owners[key], "a weight that is a buffer")
 
 
 def _freeze_inside(model: nn.Module, units: Units, modules: Iterable[nn.Module], reason: str) -> None:
     """Freezes every tensor of these modules, under whatever name it is known."""
     inside = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
     names = {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) in inside}
-    for owner in units.owners.values():
-        if owner.tensor in names:
-            units.freeze(owner.ids, reason)
+    for (tensor, _), ids in units.owners.items():
+        if tensor in names:
+            units.freeze(ids, reason)
 
 
 def _unread(tensors: Mapping[str, TensorSpec], units: Units) -> list[Frozen]:

@@ -233,7 +233,7 @@ def _places(families: Sequence[Family], written: Iterable[Written], units: Units
     family_of: dict[int, str] = {}
     for family in families:
         first = family.members[0]
-        ids = units.owners[first.parameter, first.axis].ids
+        ids = units.owners[first.parameter, first.axis]
         roots = units.roots(ids[[unit[0] for unit in first.indices]]).tolist()
         family_of |= dict.fromkeys(roots, family.name)
     places: dict[str, list[Written]] = {family.name: [] for family in families}

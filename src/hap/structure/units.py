@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from hap.types import Role
 
 Ids = np.ndarray  # int64 unit ids, of any shape
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The block of ids that stands for the positions along one axis of a parameter or buffer."""
-
-    tensor: str
-    axis: int
-    ids: Ids
 
 
 class Units:
@@ -29,7 +18,7 @@ class Units:
 
     def __init__(self) -> None:
         self._parent: Ids = np.arange(0)
-        self.owners: dict[tuple[str, int], Owner] = {}
+        self.owners: dict[tuple[str, int], Ids] = {}  # of the positions along each axis of each tensor
         self.roles: dict[tuple[str, int], Role] = {}
         self.frozen: dict[int, str] = {}
         self.inexact: set[int] = set()
@@ -49,9 +38,9 @@ class Units:
         key = (tensor, axis)
         if key not in self.owners:
             ids = self.fresh(size)
-            self.owners[key] = Owner(tensor, axis, ids)
+            self.owners[key] = ids
             self._owner_of[int(ids[0])] = key
-        return self.owners[key].ids
+        return self.owners[key]
 
     def read(self, tensor: str) -> None:
         """Says that the graph reads this tensor."""

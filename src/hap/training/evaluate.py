@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hap.batches import Batch, Loss, default_loss, device_of, evaluating, logits, size, take, targets
+from hap.batches import IGNORED_LABEL, Batch, Loss, default_loss, device_of, evaluating, logits, size, take, targets
 from hap.errors import HapError
 from hap.training.devices import Alone, devices_of
 from hap.training.meter import Meter, length
 from hap.types import Evaluation, Metric, Progress, silent
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 def evaluate(
@@ -111,7 +109,7 @@ def _classes(outputs: Any, batch: Batch) -> _Classes | None:
 
 def _hits(labels: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
     """The numbers of right and of all labels."""
-    return torch.stack([(predictions == labels).sum(), (labels != IGNORED).sum()])
+    return torch.stack([(predictions == labels).sum(), (labels != IGNORED_LABEL).sum()])
 
 
 def _accuracy(hits: list[torch.Tensor | None], devices: Alone) -> float | None:
@@ -135,5 +133,5 @@ def _metrics(metrics: Mapping[str, Metric], found: list[_Classes | None], device
         )
     pairs = [pair for theirs, _ in every for pair in theirs]
     labels, predictions = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    counted = labels != IGNORED
+    counted = labels != IGNORED_LABEL
     return {name: float(metric(labels[counted], predictions[counted])) for name, metric in metrics.items()}

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hap.batches import Batch, Loss, default_loss, device_of, evaluating, logits, targets
+from hap.batches import IGNORED_LABEL, Batch, Loss, default_loss, device_of, evaluating, logits, targets
 from hap.errors import HapError
 from hap.training.checks import check_numbers
-from hap.training.evaluate import IGNORED
 from hap.training.precision import Precision, half_forward
 
 
@@ -140,7 +139,7 @@ def divergence(
         return each.mean()
     if shift:
         each, labels = each[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
+    counted = labels != IGNORED_LABEL
     return (each * counted).sum() / counted.sum().clamp(min=1)
 
 

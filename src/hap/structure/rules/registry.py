@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from hap.structure.units import Ids, Units
@@ -51,7 +50,6 @@ class Context:
         units: the relations between units.
         layers: every multiplication by a weight, in graph order; one entry for each call.
         modules: every module of the model, under all its names.
-        tensors: every parameter and buffer, under all its names.
         written: every place where the code may have sizes of units written down.
         where: the operator at hand, for messages.
         path: name of the module whose forward calls it.
@@ -61,7 +59,6 @@ class Context:
 
     units: Units
     modules: Mapping[str, nn.Module]
-    tensors: Mapping[str, torch.Tensor]
     layers: list[Multiplication] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
     where: str = ""
