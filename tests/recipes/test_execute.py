@@ -62,6 +62,8 @@ def test_the_run_directory(undisturbed: Path, recipe_file: Path) -> None:
     assert report["options"]["recipe"]["finetune"]["lr"] == 0.01
     trained = report["options"]["dense_training"]
     assert len(trained["history"]["epochs"]) == 2 and report["seconds"]["dense"] == trained["seconds"] > 0
+    stages = {"trace", "measure", "decide", "apply", "verify", "evaluate", "finetune"}
+    assert stages < set(report["seconds"]) and all(spent > 0 for spent in report["seconds"].values())
     accuracy, kept, gain = report["targets"]
     assert accuracy["reached"] == report["comparison"]["accuracy"]["small"] and accuracy["met"]
     assert accuracy["difference"] == accuracy["reached"] - 0.5
