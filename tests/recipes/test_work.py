@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,18 @@ def test_only_the_first_process_writes(recipe_file: Path, tmp_path: Path) -> Non
     work = recipes.Work.beside(tmp_path / "run", recipes.read(recipe_file), first=False)
     assert not work.folder.exists()
     work.finish()
+
+
+def test_two_runs_are_not_at_work_in_one_folder(recipe_file: Path, tmp_path: Path) -> None:
+    fcntl, recipe = pytest.importorskip("fcntl"), recipes.read(recipe_file)
+    work = recipes.Work.beside(tmp_path / "run", recipe)
+    assert recipes.Work.beside(tmp_path / "run", recipe) == work  # again, in the process that has it
+    recipes.work._release(work.folder)
+    other = os.open(work.folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(HapError, match="another run is at work"):
+        recipes.Work.beside(tmp_path / "run", recipe, restart=True)
+    assert recipes.Work.beside(tmp_path / "run", recipe, first=False) == dataclasses.replace(work, first=False)
+    os.close(other)  # as when it is killed
+    recipes.Work.beside(tmp_path / "run", recipe).finish()
+    assert not work.folder.exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from hap.files import write_json
 from hap.planning import versions
 from hap.recipes.recipe import Recipe
 
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows has no locks of this kind
 SUFFIX = ".work"
 RECIPE, DENSE, REPORT = "recipe.json", "dense", "report.json"
 BEGUN = "begun"
@@ -50,11 +53,13 @@ class Work:
 
         Raises:
             HapError: it is there and holds work that the recipe as it is now, or other versions, would not have done;
-                or it is none of hap's.
+                or it is none of hap's; or another run is at work in it.
         """
         folder = out.with_name(f"{out.name}{SUFFIX}")
         here = _identity(recipe)
         if (folder / RECIPE).exists():
+            if first:
+                _hold(folder)
             there = _read(folder)
             begun = there.pop(BEGUN, 0)
             lost = _lost(folder, there, here, restart)
@@ -78,6 +83,7 @@ class Work:
                 )
             with fresh_directory(folder) as staging:
                 write_json(staging / RECIPE, {**here, BEGUN: begun})
+            _hold(folder)
         return Work(folder, first, begun)
 
     @property
@@ -97,6 +103,7 @@ class Work:
                 if path.name != RECIPE:
                     _remove(path)
             shutil.rmtree(self.folder)
+            _release(self.folder)
 
 
 def finished(recipe: Recipe, out: str | Path) -> bool:
@@ -115,6 +122,39 @@ def finished(recipe: Recipe, out: str | Path) -> bool:
         return False
     Work(folder).finish()
     return True
+
+
+_HELD: dict[Path, int] = {}  # folders that this process is at work in
+
+
+def _hold(folder: Path) -> None:
+    """Keeps other runs out of a folder while this process lives, where the system and the disk have locks.
+
+    Raises:
+        HapError: another run is in it.
+    """
+    _release(folder)
+    if fcntl is None:
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise HapError(
+            f"another run is at work in {folder}",
+            expected="one run for each --out at a time",
+            remedy="wait for it, end it, or choose another --out",
+        ) from error
+    except OSError:  # a disk without locks
+        os.close(place)
+    else:
+        _HELD[folder] = place
+
+
+def _release(folder: Path) -> None:
+    if folder in _HELD:
+        os.close(_HELD.pop(folder))
 
 
 def as_data(recipe: Recipe) -> dict[str, Any]:
