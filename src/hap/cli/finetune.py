@@ -12,7 +12,23 @@ import hap
 from hap.checkpoint import Origin, fresh_directory, refuse_existing, write
 from hap.cli import launch, sources
 from hap.cli.jobs import Job, open_job, same_inputs
-from hap.cli.panels import MODEL, OUTPUT, TEACHER, TUNING, Data
+from hap.cli.panels import (
+    MODEL,
+    OUTPUT,
+    TEACHER,
+    TUNING,
+    Accumulate,
+    Average,
+    Clip,
+    Compile,
+    Data,
+    Decay,
+    ImageSize,
+    Optimizer,
+    Rate,
+    Schedule,
+    Warmup,
+)
 from hap.cli.screen import console, progress, warn
 from hap.errors import HapError
 from hap.files import write_json, write_model
@@ -35,32 +51,27 @@ def finetune(
     batch_size: Annotated[
         int | None, MODEL(help="Examples in a batch of each process; default 128, of texts 32.")
     ] = None,
-    image_size: Annotated[
-        int | None, MODEL(help="Height and width of imagefolder's images; default: the model's own, or 224.")
-    ] = None,
+    image_size: ImageSize = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split.")] = None,
     workers: Annotated[int, MODEL(help="Processes that read the images of folders; 0: none.")] = 0,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
     device: Annotated[str, MODEL(help="auto, cpu, cuda or cuda:N.")] = "auto",
     epochs: Annotated[int, TUNING(help="Passes over the training data.")] = 2,
-    lr: Annotated[
-        float | None,
-        TUNING(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw, 0.00005 for texts."),
-    ] = None,
-    optimizer: Annotated[str | None, TUNING(help="sgd or adamw; default sgd, for texts adamw.")] = None,
-    schedule: Annotated[str, TUNING(help="cosine, step or constant.")] = "cosine",
-    warmup: Annotated[float, TUNING(help="Fraction of all steps in which the learning rate rises.")] = 0.1,
-    weight_decay: Annotated[float | None, TUNING(help="Of matrices; default 0.0005, of texts 0.01.")] = None,
-    clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
-    ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
+    lr: Rate = None,
+    optimizer: Optimizer = None,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 0.1,
+    weight_decay: Decay = None,
+    clip: Clip = None,
+    ema: Average = None,
     label_smoothing: Annotated[float, TUNING(help="Share of each label that is spread over all classes.")] = 0.0,
     select: Annotated[str, TUNING(help="best: the epoch that is best in validation; last: the last weights.")] = "best",
-    accumulate: Annotated[int, TUNING(help="Batches that make one step.")] = 1,
+    accumulate: Accumulate = 1,
     precision: Annotated[str, TUNING(help="Of the forward pass: no (the weights' own), bf16 or fp16.")] = "no",
     checkpointing: Annotated[
         bool, TUNING("--gradient-checkpointing", help="Less memory, a third more time (hf: and hap: only).")
     ] = False,
-    compile: Annotated[bool, TUNING("--compile", help="Train through torch.compile.")] = False,
+    compile: Compile = False,
     distill: Annotated[float, TEACHER(help="Weight of the teacher's outputs in the loss, from 0 to 1.")] = 0.0,
     temperature: Annotated[float, TEACHER(help="That softens them.")] = 2.0,
     teacher: Annotated[str | None, TEACHER(help="With --distill: a model of the task, named as --model.")] = None,

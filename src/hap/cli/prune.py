@@ -11,7 +11,25 @@ import typer
 from hap.checkpoint import refuse_existing
 from hap.cli import launch, sources
 from hap.cli.jobs import need_dense, open_job
-from hap.cli.panels import BUDGET, LEAVES, METHOD, MODEL, OUTPUT, TUNING, Data
+from hap.cli.panels import (
+    BUDGET,
+    LEAVES,
+    METHOD,
+    MODEL,
+    OUTPUT,
+    TUNING,
+    Accumulate,
+    Average,
+    Clip,
+    Compile,
+    Data,
+    Decay,
+    ImageSize,
+    Optimizer,
+    Rate,
+    Schedule,
+    Warmup,
+)
 from hap.cli.screen import progress, show, warn
 from hap.pipeline import Training, run
 from hap.pipeline.origin import untrained
@@ -37,9 +55,7 @@ def prune(
     ] = None,
     max_length: Annotated[int | None, MODEL(help="The most tokens of a text; default 128.")] = None,
     batch_size: Annotated[int | None, MODEL(help="Examples in a batch; default 128, of texts 32.")] = None,
-    image_size: Annotated[
-        int | None, MODEL(help="Height and width of imagefolder's images; default: the model's own, or 224.")
-    ] = None,
+    image_size: ImageSize = None,
     limit: Annotated[int | None, MODEL(help="At most so many examples of each split, for quick runs.")] = None,
     workers: Annotated[int, MODEL(help="Processes that read images (imagefolder).")] = 0,
     seed: Annotated[int, MODEL(help="Of everything drawn at random.")] = 0,
@@ -119,16 +135,13 @@ def prune(
         ),
     ] = "refit",
     epochs: Annotated[int, TUNING(help="Epochs, in each round; 0 skips fine-tuning.")] = 1,
-    lr: Annotated[
-        float | None,
-        TUNING(help="Peak learning rate; default 0.02 for sgd, 0.0005 for adamw, 0.00005 for texts."),
-    ] = None,
-    optimizer: Annotated[str | None, TUNING(help="sgd or adamw; default sgd, for texts adamw.")] = None,
-    schedule: Annotated[str, TUNING(help="cosine, step or constant.")] = "cosine",
-    warmup: Annotated[float, TUNING(help="Fraction of all steps in which the learning rate rises.")] = 0.0,
-    weight_decay: Annotated[float | None, TUNING(help="Of matrices; default 0.0005, of texts 0.01.")] = None,
-    clip: Annotated[float | None, TUNING(help="Largest norm of the whole gradient; default none, 1 for texts.")] = None,
-    ema: Annotated[float | None, TUNING(help="Decay of the weights' moving average; default: none.")] = None,
+    lr: Rate = None,
+    optimizer: Optimizer = None,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 0.0,
+    weight_decay: Decay = None,
+    clip: Clip = None,
+    ema: Average = None,
     label_smoothing: Annotated[
         float, TUNING(help="Share of each label that is spread over all classes in training.")
     ] = 0.0,
@@ -139,9 +152,9 @@ def prune(
         float, TUNING(help="Weight of the dense model's outputs in the training loss, from 0 to 1.")
     ] = 0.0,
     temperature: Annotated[float, TUNING(help="That softens them.")] = 2.0,
-    accumulate: Annotated[int, TUNING(help="Batches that make one step.")] = 1,
+    accumulate: Accumulate = 1,
     precision: Annotated[str, TUNING(help="Of the forward pass in training: no, bf16 or fp16.")] = "no",
-    compile: Annotated[bool, TUNING("--compile", help="Train through torch.compile.")] = False,
+    compile: Compile = False,
     out: Annotated[Path, OUTPUT(help="The run directory; also a checkpoint for hap.load.")],
     overwrite: Annotated[bool, OUTPUT("--overwrite", help="Replace the run directory if it exists.")] = False,
     log: Annotated[
