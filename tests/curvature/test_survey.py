@@ -96,3 +96,16 @@ def test_an_iterator_is_read_once() -> None:
     again = measure(model, data, None, structure, criterion="gate-ggn")
     assert once.samples == again.samples == 8
     assert all(torch.equal(once.scores[name], again.scores[name]) for name in again.scores)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_example_does_not_say_where_samples_are_and_the_next_batches_do(name: str) -> None:
+    there, back, _ = LAYOUTS[name]
+    plain, model = Tokens(lambda x: x, lambda y, x: y).double(), Tokens(there, back).double()
+    [(x, y)] = batches(8)
+    data = [(x[:1], y[:1]), (x[1:2], y[1:2]), (x[2:], y[2:])]
+    structure = trace(plain, (x,))
+    want = measure(plain, data, None, structure, criterion="gate-ggn")
+    have = measure(model, iter(data), None, structure, criterion="gate-ggn")
+    torch.testing.assert_close(have.scores, want.scores, rtol=1e-9, atol=1e-12)
+    assert have.samples == 8

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from hap.types import Structure
 log = logging.getLogger(__name__)
 
 SAMPLES = 5  # of the first batch; seldom a divisor of another axis
+FEW = 8  # batches that are looked at for one of several examples
 CLOSE = 1e-4  # of the spread between rows: kernels round differently for other orders
 ROUNDING = 100  # units in the last place of a row's norm, below which rows are alike
 
@@ -103,18 +104,29 @@ def _all_rows(model: nn.Module, taps: Mapping[str, Sequence[Tap]], batch: batche
 
 
 class Peeked:
-    """Batches whose first one has been looked at, without reading it twice."""
+    """Batches of which one has been looked at, without reading any twice.
+
+    Attributes:
+        first: the first one with several examples among the first few, since one example shows nowhere where the
+            samples are; the first if there is none; None without any batch.
+    """
 
     def __init__(self, data: Iterable[batches.Batch]) -> None:
         self._data = data
         self._rest: Iterator[batches.Batch] | None = iter(data)
-        self.first = next(self._rest, None)
+        self._read: list[batches.Batch] = []
+        for batch in islice(self._rest, FEW):
+            self._read.append(batch)
+            if batches.size(batch) > 1:
+                break
+        several = self._read and batches.size(self._read[-1]) > 1
+        self.first = self._read[-1] if several else next(iter(self._read), None)
 
     def __iter__(self) -> Iterator[batches.Batch]:
         rest, self._rest = self._rest, None
         if rest is None:
             return iter(self._data)
-        return iter(()) if self.first is None else chain([self.first], rest)
+        return chain(self._read, rest)
 
 
 def _rows(forwards: Sequence[torch.Tensor], backwards: Sequence[torch.Tensor], samples: int) -> Rows | None:
