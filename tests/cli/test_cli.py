@@ -247,6 +247,8 @@ def test_inspect() -> None:
     assert code == 0
     assert "layer1.0.conv1" in text and "269,722 parameters" in text and "the model's output" in " ".join(text.split())
     assert invoke("inspect", "--model", "zoo:resnet20", "--input-shape", "big")[0] == 2
+    for of_others in (("--max-length", "9"), ("--task", "glue/rte", "--input-shape", "3,32,32")):
+        assert invoke("inspect", "--model", "zoo:resnet20", *of_others)[0] == 2
 
 
 @pytest.mark.parametrize(("package", "extra"), [("timm", "models"), ("torchvision", "vision")])

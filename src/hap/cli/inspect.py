@@ -34,6 +34,10 @@ def inspect(
     frozen: Annotated[bool, typer.Option("--frozen", help="List what cannot be pruned, by reason.")] = False,
 ) -> None:
     """List a model's prunable families, its costs and what is frozen."""
+    if task is not None and input_shape is not None:
+        raise typer.BadParameter("is for images; of texts --max-length", param_hint="--input-shape")
+    if task is None and max_length is not None:
+        raise typer.BadParameter("is for texts, with --task", param_hint="--max-length")
     if task is None:
         opened: Any = sources.load_model(model, None, classes)
         shape = _shape(input_shape) if input_shape is not None else _own_shape(model, opened)
