@@ -458,6 +458,16 @@ def test_images_are_normalised_as_the_model_was_trained_with(tmp_path: Path) -> 
     assert normalisation("zoo:resnet50") is None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
     assert normalisation(f"hf:{tmp_path}") == zoo.Normalisation(255, (0.0,) * 3, (1.0,) * 3)
+    scaled = {**settings, "rescale_factor": 1 / 127.5, "rescale_offset": True}  # to -1 ... 1, as EfficientNet's
+    for changed, expected in (
+        (scaled, zoo.Normalisation(127.5, (1.5,) * 3, (0.5,) * 3)),
+        ({**settings, "do_rescale": False}, zoo.Normalisation(1, (0.5,) * 3, (0.5,) * 3)),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(changed))
+        assert normalisation(f"hf:{tmp_path}") == expected
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "do_flip_channel_order": True}))
+    with pytest.raises(hap.HapError, match="BGR"):
+        normalisation(f"hf:{tmp_path}")
 
 
 def test_how_images_are_normalised_is_written_with_the_model(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def normalisation(spec: str) -> zoo.Normalisation | None:
         if found is None:
             log.warning("no file of %s says how its images are normalised: they are by ImageNet's constants", name)
     elif source == "timm" and (settings := _timm_settings(name)) is not None:
-        found = settings.mean, settings.std
-    return None if found is None else zoo.Normalisation(255, *found)
+        found = 255, settings.mean, settings.std
+    return None if found is None else zoo.Normalisation(*found)
 
 
 def _built(spec: str, source: str, name: str, classes: int) -> nn.Module:

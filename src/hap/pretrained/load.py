@@ -94,19 +94,30 @@ def name_labels_(model: Any, labels: Sequence[str], path: str | Path) -> None:
         model.config.id2label, model.config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
 
 
-def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The mean and the standard deviation that a model's images are normalised by; None where no file says so.
+def image_statistics(path: str | Path) -> tuple[float, tuple[float, ...], tuple[float, ...]] | None:
+    """What the pixels, 0 to 255, of a model's images are divided by, and the mean and deviation that normalise them.
 
-    Zeros and ones where its file says that they are not normalised.
+    None where no file says so.
+
+    Raises:
+        HapError: its files ask for channels in another order than RGB.
     """
     found = image_processor(path)
     if found is None:
         return None
+    if found.get("do_flip_channel_order"):
+        raise HapError(
+            f"the images of {path} have their channels as BGR",
+            expected="a model of RGB images",
+            remedy="prune it from Python, with batches of your own",
+        )
+    scale = round(1 / found.get("rescale_factor", 1 / 255), 6) if found.get("do_rescale", True) else 1.0
+    shift = 1.0 if found.get("rescale_offset") else 0.0  # of what has been divided: from -1 to 1
     if not found.get("do_normalize", True):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return scale, (shift,) * 3, (1.0,) * 3
     if "image_mean" not in found or "image_std" not in found:
         return None
-    return tuple(found["image_mean"]), tuple(found["image_std"])
+    return scale, tuple(mean + shift for mean in found["image_mean"]), tuple(found["image_std"])
 
 
 def is_classifier(path: str | Path, classes: int) -> bool:
