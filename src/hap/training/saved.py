@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 import torch
 
-from hap.errors import HapError, need_same
+from hap.errors import HapError, need_same, unwritable
 from hap.files import write_tensors
 from hap.training.devices import Alone
 
@@ -70,7 +70,10 @@ class Saved:
         header = {"format": FORMAT, "run": json.dumps(self._run), "step": json.dumps(step), "about": json.dumps(about)}
         write_tensors(self._next, tensors, header)
         self._devices.gather(None)  # all have written
-        os.replace(self._next, self.path)
+        try:
+            os.replace(self._next, self.path)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         self._last = time.monotonic()
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
