@@ -124,8 +124,8 @@ def test_heads_are_chosen_together_with_implants_too() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0)
     model = nn.Sequential(nn.Linear(6, 16), layer, nn.Flatten(), nn.Linear(80, 3)).eval()
-    x, budget = torch.randn(64, 5, 6), hap.Budget(heads=0.5)
-    for units, together in ((["head"], True), (None, False)):
+    x, fewer, smaller = torch.randn(64, 5, 6), hap.Budget(heads=0.5), hap.Budget(params=0.95)
+    for budget, units, together in ((fewer, None, True), (smaller, ["head"], True), (smaller, None, False)):
         result = hap.prune(model, [(x, torch.arange(64) % 3)], None, budget, units=units)
         assert result.plan.options["joint"] == together
 

@@ -88,7 +88,7 @@ def prune(
         mode, implant_ratio, floor, minimum, maximum, round_to, protect, units, inexact: see `hap.decide`. In mode
             ``optimal`` implants of every form are measured on the data, unless `implant_ratio` is 0.
         joint: see `hap.decide`; "auto" measures the Gram matrix in mode ``optimal`` where the criterion has one, the
-            units are no more than 8192, and either nothing may be implanted or `units` are heads alone: plans with
+            units are no more than 8192, and nothing may be implanted or heads alone leave: plans with
             implants of channels are better without it (docs/implants.md).
         samples: calibration examples, for measuring and for fitting the implants. None measures on 2048 in mode
             ``optimal`` with a criterion that has a Gram matrix and on 512 else, "auto" until the ranking is settled
@@ -138,7 +138,8 @@ def prune(
     def together() -> bool:
         """Whether the matrix of all pairs helps: it leads plans with implants of channels astray, and not of heads."""
         few = sum(family.size for family in structure.families) <= PAIRS
-        return _knows_pairs(criterion) and few and (not implant_ratio or units == ("head",))
+        heads = units == ("head",) or [*budget.limits] == ["heads"]
+        return _knows_pairs(criterion) and few and (heads or not implant_ratio)
 
     def choose() -> tuple[Sensitivity, Plan]:
         dense, table = CostModel(structure).dense, None
