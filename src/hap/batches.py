@@ -184,10 +184,10 @@ def checked(loss: Loss | None) -> Loss:
     return compute
 
 
-def _head(batch: Batch, count: int) -> Batch:
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples `start` to `stop` of a batch; what has no batch axis stays whole."""
     batch, total = _plain(batch), size(batch)
-    cut = lambda t: t[:count] if t.ndim and t.shape[0] == total else t  # noqa: E731
-    return pytree.tree_map_only(torch.Tensor, cut, batch)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t, batch)
 
 
 def resized(batch: Batch, count: int) -> Batch:
@@ -216,7 +216,7 @@ def take(batches: Iterable[Batch] | None, samples: int | None, device: torch.dev
     for batch in batches if batches is not None else ():
         count = size(batch)
         if left is not None and count > left:
-            batch, count = _head(batch, left), left
+            batch, count = cut(batch, 0, left), left
         if count:
             seen += count
             yield to_device(batch, device)

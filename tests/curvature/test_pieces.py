@@ -5,9 +5,10 @@ import weakref
 import pytest
 import torch
 
+from hap.batches import cut
 from hap.curvature import measure
 from hap.curvature.gates import gated
-from hap.curvature.pieces import Pieces, cut
+from hap.curvature.pieces import Pieces
 from hap.errors import HapError
 
 CRITERIA = ["gate-fisher", "gate-ggn", "gate-empirical", "gate-taylor", "gate-gradient"]

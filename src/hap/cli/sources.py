@@ -18,6 +18,7 @@ from torch import nn
 
 from hap import pretrained, zoo
 from hap.errors import HapError, missing, unknown
+from hap.pipeline.origin import parts
 from hap.zoo.weights import load_weights_
 
 log = logging.getLogger(__name__)
@@ -48,15 +49,6 @@ def load_model(spec: str, weights: Path | None, classes: int, *, seed: int = 0) 
     if weights is not None:
         load_weights_(model, weights)
     return model
-
-
-def parts(spec: str) -> tuple[str, str]:
-    """What comes before a spec's colon and after it: the last colon of FILE.py:FUNCTION, else the first."""
-    before, _, after = spec.rpartition(":")
-    if before.endswith(".py"):
-        return before, after
-    source, _, name = spec.partition(":")
-    return source, name
 
 
 def image_size(spec: str) -> int | None:

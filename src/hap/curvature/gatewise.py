@@ -16,7 +16,7 @@ from hap.curvature.gram import Gram
 from hap.curvature.likelihoods import Likelihood, Objective
 from hap.curvature.moments import Moments
 from hap.curvature.objectives import AnyLoss, need_likelihood, need_mean, objective_of
-from hap.curvature.pieces import Pieces, cut, shapes
+from hap.curvature.pieces import Pieces, shapes
 from hap.curvature.sums import Part, State
 from hap.errors import HapError
 
@@ -133,7 +133,7 @@ class GateCriterion(Criterion):
                 return need_likelihood(self.name, objective, outputs, batch)
         count = batches.size(batch)
         if isinstance(objective, AnyLoss) and count > 1:
-            halves = cut(batch, 0, count // 2), cut(batch, count // 2, count)
+            halves = batches.cut(batch, 0, count // 2), batches.cut(batch, count // 2, count)
             loss = batches.checked(problem.loss)
             with gates.precision():
                 values = [float(loss(gates.outputs_of(half), half)) for half in halves]
@@ -154,7 +154,7 @@ class _Labels:
         if not self.generators:
             return
         assert isinstance(objective, Likelihood)
-        sample = cut(batch, 0, 1)
+        sample = batches.cut(batch, 0, 1)
         key = shapes(sample)
         if key not in self._drawn:
             self._drawn[key] = objective.drawn(self.gates.outputs_of(sample), sample)

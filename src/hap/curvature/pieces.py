@@ -43,10 +43,10 @@ class Pieces:
         if most >= total:
             yield batch
         else:
-            yield from (cut(batch, start, start + most) for start in range(0, total, most))
+            yield from (batches.cut(batch, start, start + most) for start in range(0, total, most))
 
     def _most(self, batch: batches.Batch, max_memory: int) -> int:
-        sample = cut(batch, 0, 1)
+        sample = batches.cut(batch, 0, 1)
         key = shapes(sample)
         if key not in self._found:
             self._found[key] = max(self.cost(sample), 1)
@@ -63,9 +63,3 @@ class Pieces:
 def shapes(sample: batches.Batch) -> tuple[torch.Size, ...]:
     """The shapes of all tensors."""
     return tuple(leaf.shape for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor))
-
-
-def cut(batch: batches.Batch, start: int, stop: int) -> batches.Batch:
-    """Examples `start` to `stop` of a batch; what has no batch axis stays whole."""
-    total = batches.size(batch)
-    return pytree.tree_map_only(torch.Tensor, lambda t: t[start:stop] if t.ndim and t.shape[0] == total else t, batch)

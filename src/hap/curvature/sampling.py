@@ -14,7 +14,6 @@ import torch
 
 from hap import batches
 from hap.curvature.criterion import Criterion, Problem, Scores
-from hap.curvature.pieces import cut
 from hap.curvature.sums import State
 from hap.errors import HapError
 from hap.types import silent
@@ -252,7 +251,7 @@ class _Reader:
         """The next `count` examples, or what is left."""
         while count and self.more():
             batch, size = self._held, batches.size(self._held)
-            self._held = cut(batch, count, size) if size > count else None
-            batch = cut(batch, 0, count) if size > count else batch
+            self._held = batches.cut(batch, count, size) if size > count else None
+            batch = batches.cut(batch, 0, count) if size > count else batch
             count -= min(size, count)
             yield batch

@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from hap import batches
 from hap.curvature.layout import Layout
-from hap.curvature.pieces import cut
 from hap.curvature.rows import Rows
 from hap.curvature.taps import Lost, Tap, input_taps, not_followed, output_taps
 from hap.types import Structure
@@ -96,7 +95,7 @@ def survey(model: nn.Module, structure: Structure, batch: batches.Batch | None) 
 
 
 def _all_rows(model: nn.Module, taps: Mapping[str, Sequence[Tap]], batch: batches.Batch) -> dict[Key, Rows | None]:
-    batch = batches.to_device(cut(batch, 0, min(SAMPLES, batches.size(batch))), batches.device_of(model))
+    batch = batches.to_device(batches.cut(batch, 0, min(SAMPLES, batches.size(batch))), batches.device_of(model))
     samples = batches.size(batch)
     reverse = pytree.tree_map_only(torch.Tensor, lambda t: t.flip(0) if t.ndim and len(t) == samples else t, batch)
     forwards, backwards = (_prints(model, taps, one) for one in (batch, reverse))

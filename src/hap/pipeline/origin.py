@@ -81,19 +81,27 @@ def _limited(limit: int | None, data: DataSplits) -> list[str]:
     ]
 
 
+def parts(spec: str) -> tuple[str, str]:
+    """What comes before a spec's colon and after it: the last colon of FILE.py:FUNCTION, else the first."""
+    before, _, after = spec.rpartition(":")
+    if before.endswith(".py"):
+        return before, after
+    source, _, name = spec.partition(":")
+    return source, name
+
+
 def _public(spec: str) -> str:
     """Without the directory that a model or a file lies in here."""
-    file, _, function = spec.rpartition(":")
-    if file.endswith(".py"):
-        return f"{Path(file).name}:{function}"
-    source, _, name = spec.partition(":")
+    source, name = parts(spec)
+    if source.endswith(".py"):
+        return f"{Path(source).name}:{name}"
     local = source == "hf" and (Path(name).expanduser().exists() or name.startswith((".", "/", "~")))
     return f"{source}:{Path(name).name}" if local else spec
 
 
 def _build(spec: str, classes: int) -> str:
     """Python that makes the dense model of a spec; "" for one that is not code."""
-    source, _, name = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    source, name = parts(spec)
     if source == "zoo":
         return f'from hap import zoo\n\ndense = zoo.build("{name}", classes={classes})  # the weights do not matter'
     if source == "torchvision":
